@@ -1,0 +1,101 @@
+"""The three functions of the hot path, in plain PyTorch. This file is their definition.
+
+Everything runs over N flat completion tokens: prompts and padding are dropped before the vocabulary is
+touched. On CPU a 152k vocabulary would make the [N, V] logits the largest tensor of the program by far, so
+the two functions that need logits walk over the tokens in slices and recompute a slice's logits in backward.
+
+Shapes: N completion tokens, D hidden, V vocabulary. Any float dtype; statistics are in fp32 (fp64 in fp64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**23  # elements: 32 MiB in fp32, small enough for a cache, large enough for a matmul
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = hidden @ weight.T  # [n, V]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def _slices(count: int, vocabulary: int) -> list[slice]:
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    return [slice(start, start + rows) for start in range(0, count, rows)] or [slice(0, 0)]
+
+
+def _slice_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs = _log_softmax(hidden, weight, temperature)  # [n, V]
+    # 0 * -inf is NaN: a token of probability 0 adds nothing to the entropy
+    entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log pi(target) and the entropy of pi = softmax(hidden @ weight.T / temperature), in nats, both [N].
+
+    hidden [N, D], weight [V, D], targets [N] int64. Both results are differentiable in hidden and weight.
+    """
+    slices = _slices(len(targets), len(weight))
+    if len(slices) == 1:
+        return _slice_logprobs(hidden, weight, targets, temperature)
+    parts = [
+        checkpoint(_slice_logprobs, hidden[s], weight, targets[s], temperature, use_reentrant=False) for s in slices
+    ]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped objective of GRPO (arXiv 2402.03300, equation 3) and its statistics.
+
+        ratio = pi / pi_old                      = exp(logprobs - old_logprobs)
+        k3    = pi_ref / pi - log(pi_ref/pi) - 1   an estimate of KL(pi || pi_ref) that is never negative
+        loss  = -sum over tokens [ min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) - kl_coef k3 ] / denominator
+
+    All tensors [N] (or any one shape); `mask` is 1 where a token counts. The denominator defaults to the
+    number of those tokens; pass that of the whole batch when this is one micro-batch of several. Without a
+    reference (None) the KL is 0, and kl_coef must be. The statistics are sums over tokens, detached, so that micro-batches add up:
+    `kl` and `clip_fraction`. "Clipped" means that the token gets no gradient: the ratio has left the interval on
+    the side that the advantage pushes to.
+    """
+    mask = mask.to(logprobs.dtype)
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    k3 = torch.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        log_ratio = ref_logprobs - logprobs
+        k3 = torch.exp(log_ratio) - log_ratio - 1
+    if denominator is None:
+        denominator = mask.sum().clamp(min=1)  # a batch with no token has loss 0, not 0/0
+    # where() and not a product: a masked token may hold anything, and 0 * inf is NaN
+    loss = -torch.where(mask > 0, mask * (gain - kl_coef * k3), 0.0).sum() / denominator
+    with torch.no_grad():
+        clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
+        stats = {"kl": torch.where(mask > 0, k3, 0.0).sum(), "clip_fraction": (clipped * mask).sum()}
+    return loss, stats
+
+
+@torch.no_grad()
+def exact_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    """KL(policy || reference) over the whole vocabulary, in nats, [N]; no gradient, no sampling noise."""
+    parts = []
+    for s in _slices(len(hidden), len(weight)):
+        policy = _log_softmax(hidden[s], weight, 1.0)  # [n, V]
+        reference = _log_softmax(ref_hidden[s], ref_weight, 1.0)  # [n, V]
+        parts.append((policy.exp() * (policy - reference)).sum(-1))
+    return torch.cat(parts)

@@ -1,0 +1,425 @@
+"""A decoder-only transformer (Llama, Qwen2, Qwen3) with a KV cache, and its checkpoints in and out.
+
+Read it bottom-up in one go: configuration, rotary positions, cache, attention, MLP, the stack, the files.
+Parameters carry their Hugging Face names, so a checkpoint loads without a mapping table, and what
+`save_pretrained` writes opens in transformers and vLLM.
+
+Three things differ from the code that people know:
+
+* `forward` returns hidden states, not logits. A training step needs the logits of the drawn tokens only,
+  and `kernels.token_logprobs` gets those without ever holding a [N, V] matrix.
+* A row's token at position p lives in cache slot p. One rule, `slot <= position`, is then the whole
+  attention mask: ragged prompts are padded on the right, and a pad's slot is overwritten by the first
+  real token that needs it before anyone may look at it.
+* There is no attention mask argument. Right padding and causality make it unnecessary in training too.
+
+Shape letters: B sequences, T time, S cache slots, D hidden, H query heads, K key-value heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# Keys of a Hugging Face config.json that change the computation, with the one value implemented here.
+FIXED_KEYS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+}
+
+
+# ----------------------------------------------------------------------------- configuration
+
+
+@dataclass
+class ModelConfig:
+    """The part of a Hugging Face config.json that decides the computation. Units: tokens, features, heads."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    model_type: str = "qwen3"  # qwen2: bias on q, k and v; qwen3: RMSNorm on q and k; llama: neither
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.model_type not in ARCHITECTURES:
+            raise ValueError(f"config: model_type {self.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        rope_frequencies(self)  # an unknown kind of scaling is an error now, not at the first step
+
+    @classmethod
+    def from_dict(cls, config_json: dict) -> ModelConfig:
+        """Read the keys of a Hugging Face config.json (transformers 4 or 5).
+
+        Raises ValueError naming the key that is missing or that asks for something not implemented here.
+        """
+        raw = dict(config_json)
+        for key, only in FIXED_KEYS.items():
+            if raw.get(key, only) not in (only, None):
+                raise ValueError(f"config: {key}={raw[key]!r} is not supported, only {only!r}")
+        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+            raise ValueError("config: layer_types other than full_attention are not supported")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling")  # transformers 5 / transformers 4
+        if rope is not None:
+            rope = dict(rope)
+            raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta") or cls.rope_theta)
+            kind = rope.setdefault("rope_type", rope.pop("type", "default"))
+            raw["rope_scaling"] = None if kind == "default" else rope
+        try:
+            raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+            raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+            raw["model_type"] = raw["model_type"]  # no default: a config that does not say is not guessed
+            return cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
+        except KeyError as missing:
+            raise ValueError(f"config: the key {missing} is missing") from None
+        except TypeError as error:
+            raise ValueError(f"config: {str(error).replace('ModelConfig.__init__() ', '')}") from None
+
+    def to_dict(self) -> dict:
+        """The config.json that transformers and vLLM read."""
+        return asdict(self) | {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "hidden_act": "silu",
+            "attention_bias": False,
+        }
+
+
+# ----------------------------------------------------------------------------- rotary positions
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Angular frequencies [head_dim/2] in radians per token, fp32, and the factor on cos and sin.
+
+    RoPE (arXiv 2104.09864), and three ways to stretch it past the trained context: `linear` divides every
+    frequency; `llama3` divides the slow ones only; `yarn` (arXiv 2309.00071) blends by wavelength and
+    sharpens the attention. Raises ValueError on any other rope_type.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / config.rope_theta ** (pairs / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies, 1.0
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(f"config: rope_type {kind!r} is not one of default, linear, llama3, yarn")
+    if "factor" not in scaling:
+        raise ValueError(f"config: rope_scaling of type {kind} needs a factor")
+    factor = scaling["factor"]
+    trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings  # tokens
+
+    if kind == "linear":
+        return frequencies / factor, 1.0
+
+    if kind == "llama3":
+        # Turns per trained context: more than `high` is kept, fewer than `low` is divided, between is blended.
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = trained * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / factor, 1.0
+
+    if scaling.get("mscale") or scaling.get("mscale_all_dim"):
+        raise ValueError("config: yarn with mscale is not supported")
+
+    def pair_that_turns(times: float) -> float:
+        """The (fractional) index of the pair that makes so many turns over the trained context."""
+        return config.head_dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = pair_that_turns(scaling.get("beta_fast") or 32)
+    last = pair_that_turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    divide = ((pairs / 2 - first) / max(last - first, 1e-3)).clamp(0, 1)
+    attention_factor = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    return (1 - divide) * frequencies + divide * frequencies / factor, attention_factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim/2]) of [B, heads, T, head_dim] by its angle, cos and sin [B, 1, T, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# ----------------------------------------------------------------------------- cache
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, [L, B, K, S, head_dim].
+
+    `length` is how many slots may be in use, counted on the host, so that no step waits for the device.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, slots: int, *, dtype: torch.dtype, device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
+        self.length = 0
+
+    def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, length: int):
+        """Write [B, K, T, head_dim] at positions [B, T]; return all keys and values, [B, K, length, head_dim]."""
+        self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
+        self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
+        return self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
+
+    def select(self, rows: Tensor, slots: int) -> KVCache:
+        """A cache of `slots` slots that holds copies of these rows [B']: to fan a prompt out, or to drop rows."""
+        new = object.__new__(KVCache)
+        layers, _, heads, _, head_dim = self.keys.shape
+        new.keys = self.keys.new_empty(layers, len(rows), heads, slots, head_dim)
+        new.values = torch.empty_like(new.keys)
+        new.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
+        new.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
+        new.rows = torch.arange(len(rows), device=rows.device)[:, None]
+        new.length = self.length
+        return new
+
+
+# ----------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key-value heads (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        bias, queries = config.model_type == "qwen2", config.num_attention_heads * config.head_dim
+        key_values = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_values, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_values, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        normed = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, visible: Tensor | None, cache):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, head_dim]
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, K, T, head_dim]
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, head_dim]
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(self.layer, positions, k, v, cache.length)  # [B, K, S, head_dim]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.grouped
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *attention_inputs) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ----------------------------------------------------------------------------- the stack
+
+
+class Transformer(nn.Module):
+    """The whole model. Weights are drawn from N(0, initializer_range); biases start at 0, norms at 1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Not a buffer: `model.bfloat16()` must not round the angles of long contexts.
+        self.frequencies, self.rope_factor = rope_frequencies(config)
+        self.gradient_checkpointing = False  # recompute each layer in backward: less memory, a third more time
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix [V, D]: the embedding itself where the two are tied."""
+        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head)  # [..., V]
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states [B, T, D] of input_ids [B, T], int64.
+
+        positions [B, T] default to 0..T-1. With a cache, the tokens are written at their positions and see
+        every slot up to them; without one, attention is causal over the T tokens given.
+        """
+        length = input_ids.shape[1]
+        if positions is None:
+            positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)  # [B, T]
+        x = self.model["embed_tokens"](input_ids)  # [B, T, D]
+        cos, sin = self._angles(positions, x.dtype)  # [B, 1, T, head_dim]
+        visible = None
+        if cache is not None:
+            cache.length += length
+            if cache.length > length:  # an empty cache holds only these tokens: plain causal attention
+                slots = torch.arange(cache.length, device=input_ids.device)  # [S]
+                visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
+        for layer in self.model["layers"]:
+            inputs = (x, cos, sin, positions, visible, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x = layer(*inputs)
+        return self.model["norm"](x)  # [B, T, D]
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[:, None, :, None].float() * self.frequencies  # [B, 1, T, head_dim/2], fp32
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.rope_factor).to(dtype), (angles.sin() * self.rope_factor).to(dtype)
+
+    # ------------------------------------------------------------------------- files
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
+        """Load a directory with config.json and safetensors, one file or sharded, of any float type.
+
+        Raises ValueError naming the file and the tensor that is missing, surplus or of the wrong shape.
+        """
+        config = read_config(path)
+        with torch.device("meta"):  # shapes only: the weights come from the files
+            model = cls(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        state = {}
+        for name, file, tensor in read_tensors(Path(path)):
+            if name.endswith("rotary_emb.inv_freq"):  # old exports store what rope_frequencies computes
+                continue
+            if name == "lm_head.weight" and config.tie_word_embeddings:  # some tied exports store it twice
+                name = "model.embed_tokens.weight"
+                if name in state and not torch.equal(state[name], tensor.to(device, dtype)):
+                    raise ValueError(f"{file}: lm_head.weight differs from the embedding that it should be tied to")
+            if name not in expected:
+                raise ValueError(f"{file}: surplus tensor {name}, which a {config.model_type} model does not have")
+            if tensor.shape != expected[name]:
+                found, wanted = list(tensor.shape), list(expected[name])
+                raise ValueError(f"{file}: tensor {name} has shape {found}, but config.json asks for {wanted}")
+            state[name] = tensor.to(device, dtype)
+        missing = [name for name in expected if name not in state]
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} missing tensor(s), the first is {missing[0]}")
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors, in the weights' own type."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.head.dtype).removeprefix("torch.")
+        config = self.config.to_dict() | {"torch_dtype": dtype}
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """ModelConfig of a checkpoint directory; ValueError naming the file that is absent or wrong."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; a checkpoint directory holds config.json and safetensors")
+    try:
+        return ModelConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_tensors(path: Path):
+    """Yield (name, file, tensor) of a checkpoint directory: model.safetensors, or the shards of its index."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
+    for name in names:
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"{index}: names the shard {name!r}, which is not a file of this directory")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    yield key, file, tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None

@@ -1,0 +1,190 @@
+"""A run's folder and a run's life: metrics, checkpoints, signals, the progress line. Nothing of learning.
+
+    OUT/config.json       the configuration, enough to start the run again
+    OUT/metrics.jsonl     one JSON object a training step
+    OUT/checkpoint/       everything a resume needs: tensors.safetensors, state.json
+    OUT/model/            the trained model in Hugging Face layout
+    OUT/summary.json      the closing numbers
+
+Every file but the metrics is written beside its name and renamed into place, so a reader finds the old one
+or the new one and never half of one. The metrics are appended; a checkpoint remembers how long the file was,
+and resuming cuts it back there, so that no step is logged twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class RunFolder:
+    def __init__(self, out: str | Path):
+        self.path = Path(out)
+        self.metrics = self.path / "metrics.jsonl"
+
+    def create(self, config: dict) -> None:
+        """Start a run here. Raises ValueError if another run's metrics are here already."""
+        if self.metrics.exists():
+            raise ValueError(f"{self.path} already holds a run; name another --out, or --resume {self.path}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_json("config.json", config)
+        self.metrics.touch()
+
+    def write_json(self, name: str, value: dict) -> None:
+        beside = self.path / f"{name}.tmp"
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        _flush(beside)
+        os.replace(beside, self.path / name)
+
+    def read_json(self, name: str) -> dict:
+        file = self.path / name
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; is {self.path} the folder of a run?")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not valid JSON ({error})") from None
+
+    def log(self, record: dict) -> None:
+        """Append one line, in a single write."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def replace_folder(self, name: str, write) -> None:
+        """Let `write(path)` fill a fresh folder, then put it in the place of OUT/name."""
+        target, beside, old = (self.path / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        write(beside)
+        for file in beside.iterdir():
+            _flush(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(beside, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def save_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
+        """Tensors and JSON, nothing pickled; `state` gains the present length of the metrics in bytes."""
+        state = state | {"metrics_bytes": self.metrics.stat().st_size}
+
+        def write(folder: Path) -> None:
+            save_file(
+                {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors"
+            )
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+        self.replace_folder("checkpoint", write)
+
+    def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """The last checkpoint (tensors on the CPU), or None if the run stopped before its first one."""
+        folder = next((f for f in (self.path / "checkpoint", self.path / "checkpoint.old") if f.exists()), None)
+        if folder is None:
+            return None
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return load_file(folder / "tensors.safetensors"), state
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{folder}: the checkpoint cannot be read ({error})") from None
+
+    def rewind_metrics(self, length: int) -> None:
+        """Cut the metrics back to where the checkpoint was taken."""
+        self.metrics.touch()
+        os.truncate(self.metrics, length)
+
+    def branch_to(self, out: str | Path) -> RunFolder:
+        """Copy metrics and checkpoint into a new run's folder, to go on there; this one stays as it is."""
+        other = RunFolder(out)
+        if other.metrics.exists():
+            raise ValueError(f"{other.path} already holds a run; name another --out")
+        other.path.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.metrics, other.metrics)
+        if (self.path / "checkpoint").exists():
+            shutil.copytree(self.path / "checkpoint", other.path / "checkpoint")
+        return other
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+class Interrupt:
+    """Turns the first SIGINT or SIGTERM into a flag, so that the step in hand can end; the second one kills."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self) -> Interrupt:
+        self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame) -> None:
+        self.signal = number
+        for s in self.previous:
+            signal.signal(s, signal.SIG_DFL)
+        print("\nfinishing this step, then saving; a second signal stops at once", file=sys.stderr)
+
+
+class Stopped(Exception):
+    """A run ended early on a signal, with everything saved."""
+
+    def __init__(self, signal_number: int, folder: Path):
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal, self.folder = signal_number, folder
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; into a pipe or file, a fresh line every 10 seconds."""
+
+    def __init__(self, stream=sys.stderr):
+        self.stream, self.live, self.last = stream, stream.isatty(), float("-inf")
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self.last < (0.1 if self.live else 10):
+            return
+        self.last = now
+        width = shutil.get_terminal_size().columns - 1
+        self.stream.write("\r" + text[:width].ljust(width) if self.live else text + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        if self.live:
+            self.stream.write("\n")
+
+
+def clock(seconds: float) -> str:
+    """90 -> '1:30'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def provenance(device: torch.device) -> dict:
+    """What produced a result: versions, machine and commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+        "git_commit": commit or None,
+    }

@@ -1,0 +1,1058 @@
+"""SASR: Step-wise Adaptive Integration of Supervised Fine-tuning and Reinforcement Learning, from scratch.
+
+    python sasr.py                                          # the default: puzzles, a small model, minutes on a CPU
+    python sasr.py --controller grpo --seed 3 --out runs/x  # a rival on the same road
+    python sasr.py --help                                   # every knob, with unit and default
+
+The method (arXiv 2505.13026). A language model pi_theta is first warmed up with W steps of supervised
+fine-tuning (SFT) on demonstrations e of prompts x. The gradient norm of that loss at the end of the warm-up,
+G_warmup, becomes the yardstick. Then, at every one of T adaptive steps,
+
+    p_t = G_last_sft / (G_last_sft + gamma * G_warmup)                                            (1)
+    alpha ~ Uniform(0, 1)
+    alpha < p_t :  one SFT step on demonstrations;  G_last_sft <- || grad L_SFT ||_2
+    otherwise   :  one GRPO step on the model's own samples
+
+    L_SFT  = - mean over tokens of log pi(e_t | x, e_<t)                                          (2)
+    L_GRPO = - mean over tokens of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta k3       (3)
+    r = pi(o_t) / pi_old(o_t),   A = (reward - mean of its group) / (std of its group + eps)      (4)
+
+Why a gradient norm? L_SFT = H(p_data) + KL(p_data || pi_theta), so grad L_SFT is the gradient of the
+divergence from the demonstrations. A model that has drifted from its textbook has a large one and is sent
+back to it; a model that has not is left to practise.
+
+Two observations make the code small. Every rival (SFT, GRPO, SFT-then-GRPO, alternation, cosine, random) is
+the same loop with another function from the step to p_t: see "Controllers". And SFT and GRPO are the same
+update, a weighted sum of completion log-probs, so one function takes the optimizer step for both, with one
+denominator and one gradient norm; else the two norms in (1) would not be comparable: see "The update".
+
+Where the paper is silent or we depart from it:
+  * Which norm, smoothed or not, and gamma are options (`--warmup-norm`, `--current-norm`, `--gamma`). Norms
+    are taken before clipping, over all parameters, after all micro-batches.
+  * G_last_sft goes stale while GRPO steps run. Its age is logged, and `--probe-every` refreshes it by
+    measuring an SFT gradient without stepping.
+  * The loss is a mean over the completion tokens of the whole batch (DAPO, arXiv 2503.14476), not of each
+    sequence: a long answer does not count less per token.
+  * The standard deviation in (4) is that of the group itself (divided by G, not G - 1), so that a group of
+    one has advantage 0 and not NaN.
+  * A GRPO step whose groups all agree (no reward differs) is skipped: it has no gradient, and Adam would
+    move the weights all the same.
+  * No random state is ever stored. Every draw comes from a generator seeded with (seed, purpose, step), so
+    a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import kernels
+from data import Task, load_task
+from data.tokenizer import END, train_tokenizer
+from model import ModelConfig, Transformer
+from rollout import Rollout, SamplingParams, generate
+from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
+
+# ============================================================================= configuration
+
+
+def option(default, help: str, choices: tuple[str, ...] = (), low: float | None = None):
+    """A field of Config: its default, what it means (with unit), and which values are allowed."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. One flag a field: `group_size` is `--group-size`."""
+
+    # --- what to learn
+    task: str = option("knights-knaves", "NAME[:key=value,...], e.g. countdown or knights-knaves:people=4,depth=3")
+    data: str = option("", "folder with train.jsonl and test.jsonl to read the task from ('': generate it)")
+    ood_task: str = option("auto", "out-of-domain test, as NAME[:key=value,...]; auto: a sibling of the task; none")
+    warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
+    # --- the model
+    model: str = option("", "checkpoint directory to start from ('': build a small model from scratch)")
+    hidden_size: int = option(128, "from scratch: features", low=1)
+    layers: int = option(4, "from scratch: decoder layers", low=1)
+    heads: int = option(4, "from scratch: attention heads", low=1)
+    vocab_size: int = option(1024, "from scratch: most tokens that the tokenizer may learn", low=257)
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
+    # --- how long
+    warmup_steps: int = option(300, "SFT steps before the adaptive stage", low=0)
+    steps: int = option(400, "steps of the adaptive stage", low=0)
+    # --- who decides between SFT and GRPO
+    controller: str = option(
+        "sasr",
+        "function from the step to p_t",
+        ("sasr", "sft", "grpo", "sft-then-grpo", "alternate", "cosine", "random"),
+    )
+    gamma: float = option(1.0, "sasr: weight of the warm-up norm in equation (1); larger means more GRPO", low=0)
+    warmup_norm: str = option(
+        "last", "sasr: G_warmup is the norm of the last warm-up step, a mean, or an EMA", ("last", "mean", "ema")
+    )
+    warmup_norm_window: int = option(20, "sasr: steps that --warmup-norm mean averages over", low=1)
+    current_norm: str = option("last", "sasr: G_last_sft is the last SFT norm, or an EMA of them", ("last", "ema"))
+    norm_ema: float = option(0.9, "sasr: decay of both EMAs, per SFT step", low=0)
+    probe_every: int = option(
+        0, "sasr: refresh a norm of this age (steps) by an SFT gradient without a step; 0: off", low=0
+    )
+    switch_step: int = option(0, "sft-then-grpo: adaptive step at which GRPO begins; 0: half-way", low=0)
+    alternate: str = option("1:1", "alternate: SFT steps : GRPO steps")
+    sft_fraction: float = option(0.5, "random: the constant p_t", low=0)
+    # --- SFT
+    sft_batch_size: int = option(32, "demonstrations an SFT step", low=1)
+    sft_loss: str = option(
+        "nll", "token weight: nll is 1, dft is the token's own probability (arXiv 2508.05629)", ("nll", "dft")
+    )
+    # --- GRPO
+    prompts_per_step: int = option(8, "prompts a GRPO step", low=1)
+    group_size: int = option(16, "completions a prompt", low=1)
+    max_new_tokens: int = option(0, "tokens a completion; 0: a quarter more than the longest demonstration", low=0)
+    temperature: float = option(1.0, "of the samples; the loss scores the same distribution", low=0)
+    advantage: str = option(
+        "zscore", "equation (4), without its division, or +1/-1 around the median", ("zscore", "centered", "median")
+    )
+    advantage_eps: float = option(1e-4, "eps of equation (4)", low=0)
+    clip_low: float = option(0.2, "ratio may fall by this much", low=0)
+    clip_high: float = option(0.2, "ratio may rise by this much", low=0)
+    kl_coef: float = option(0.0, "beta of equation (3); 0 keeps no reference policy", low=0)
+    reference: str = option(
+        "warmup", "reference policy: the model at the end of warm-up, or the initial one", ("warmup", "initial")
+    )
+    inner_updates: int = option(1, "optimizer steps a rollout", low=1)
+    # --- the optimizer (AdamW)
+    warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", low=0)
+    lr: float = option(5e-4, "peak learning rate of the adaptive stage", low=0)
+    lr_schedule: str = option(
+        "constant",
+        "cosine falls to 0 in each stage; wsd falls linearly at the end of the run",
+        ("constant", "cosine", "wsd"),
+    )
+    lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins", low=0)
+    decay_steps: int = option(0, "wsd: length of the final fall, in steps", low=0)
+    weight_decay: float = option(0.1, "AdamW's, on matrices", low=0)
+    beta1: float = option(0.9, "AdamW's decay of the mean", low=0)
+    beta2: float = option(0.98, "AdamW's decay of the square", low=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this L2 norm; 0: never", low=0)
+    tokens_per_microbatch: int = option(16384, "tokens, padding included, that go through the model at once", low=1)
+    # --- evaluation and files
+    eval_every: int = option(100, "steps between evaluations; 0: only before, between and after the stages", low=0)
+    eval_examples: int = option(512, "test examples an evaluation, decoded greedily", low=1)
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end", low=0)
+    out: str = option("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")
+    seed: int = option(0, "of everything: puzzles, weights, order, alpha, samples", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+    def __post_init__(self):
+        """Raise ValueError naming the flag, the value and the mend."""
+        for spec in dataclasses.fields(self):
+            value, flag = getattr(self, spec.name), flag_name(spec)
+            choices, low = spec.metadata["choices"], spec.metadata["low"]
+            if choices and value not in choices:
+                raise ValueError(f"{flag} {value}: choose from {', '.join(choices)}")
+            if low is not None and not low <= value < math.inf:
+                raise ValueError(f"{flag} {value}: must be {low} or more")
+        for flag, value in (("--sft-fraction", self.sft_fraction), ("--norm-ema", self.norm_ema)):
+            if value > 1:
+                raise ValueError(f"{flag} {value}: must lie between 0 and 1")
+        if self.temperature == 0:
+            raise ValueError("--temperature 0: greedy samples of a group are all alike and teach nothing")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of twice --heads {self.heads}")
+        if self.lr_schedule == "wsd" and self.decay_steps > self.steps:
+            raise ValueError(f"--decay-steps {self.decay_steps}: longer than the adaptive stage (--steps {self.steps})")
+        parse_ratio(self.alternate)
+
+
+def flag_name(spec: dataclasses.Field) -> str:
+    return "--" + spec.name.replace("_", "-")
+
+
+# ============================================================================= controllers
+#
+# A controller says how likely the next step is an SFT step. SASR measures; all the others are schedules.
+
+
+class SasrController:
+    """Equation (1). Before any norm is known, `sft_probability` has no meaning and raises RuntimeError."""
+
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        *,
+        warmup_norm: str = "last",
+        window: int = 20,
+        current_norm: str = "last",
+        ema: float = 0.9,
+    ):
+        self.gamma, self.warmup_norm, self.window, self.current_norm, self.ema = (
+            gamma,
+            warmup_norm,
+            window,
+            current_norm,
+            ema,
+        )
+        self.warmup_norms: list[float] = []  # those that G_warmup is made of
+        self.g_warmup: float | None = None
+        self.g_last: float | None = None
+
+    def observe_warmup(self, grad_norm: float) -> None:
+        """The SFT gradient norm of a warm-up step. G_last_sft starts there too: p_0 = 1 / (1 + gamma)."""
+        if self.warmup_norm == "mean":
+            self.warmup_norms = [*self.warmup_norms, grad_norm][-self.window :]
+            self.g_warmup = sum(self.warmup_norms) / len(self.warmup_norms)
+        elif self.warmup_norm == "ema" and self.g_warmup is not None:
+            self.g_warmup = self.ema * self.g_warmup + (1 - self.ema) * grad_norm
+        else:
+            self.g_warmup = grad_norm
+        self.g_last = self.g_warmup
+
+    def observe_sft(self, grad_norm: float) -> None:
+        """The SFT gradient norm of an adaptive step, or of a probe."""
+        if self.current_norm == "ema" and self.g_last is not None:
+            grad_norm = self.ema * self.g_last + (1 - self.ema) * grad_norm
+        self.g_last = grad_norm
+
+    def sft_probability(self, step: int = 0) -> float:
+        """p_t. The step does not matter: everything is in the two norms."""
+        if self.g_warmup is None:
+            raise RuntimeError("SasrController: no warm-up norm was observed")
+        total = self.g_last + self.gamma * self.g_warmup
+        return self.g_last / total if total > 0 else 0.0  # no gradient at all: the textbook has nothing to teach
+
+    def state_dict(self) -> dict:
+        return {"g_warmup": self.g_warmup, "g_last": self.g_last, "warmup_norms": self.warmup_norms}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.g_warmup, self.g_last, self.warmup_norms = state["g_warmup"], state["g_last"], state["warmup_norms"]
+
+
+class ScheduleController:
+    """p_t as a plain function of the adaptive step t = 0, 1, ... It measures nothing, so it has no state."""
+
+    def __init__(self, schedule: Callable[[int], float]):
+        self.schedule = schedule
+
+    def observe_warmup(self, grad_norm: float) -> None:
+        pass
+
+    def observe_sft(self, grad_norm: float) -> None:
+        pass
+
+    def sft_probability(self, step: int) -> float:
+        return self.schedule(step)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+def make_controller(config: Config) -> SasrController | ScheduleController:
+    if config.controller == "sasr":
+        return SasrController(
+            config.gamma,
+            warmup_norm=config.warmup_norm,
+            window=config.warmup_norm_window,
+            current_norm=config.current_norm,
+            ema=config.norm_ema,
+        )
+    switch = config.switch_step or config.steps // 2
+    k, m = parse_ratio(config.alternate)
+    schedules = {
+        "sft": lambda t: 1.0,
+        "grpo": lambda t: 0.0,
+        "sft-then-grpo": lambda t: 1.0 if t < switch else 0.0,
+        "alternate": lambda t: 1.0 if t % (k + m) < k else 0.0,
+        "cosine": lambda t: (1 + math.cos(math.pi * t / config.steps)) / 2,
+        "random": lambda t: config.sft_fraction,
+    }
+    return ScheduleController(schedules[config.controller])
+
+
+def parse_ratio(text: str) -> tuple[int, int]:
+    """'2:1' -> (2, 1)."""
+    k, _, m = text.partition(":")
+    if not (k.isdecimal() and m.isdecimal() and int(k) + int(m) > 0):
+        raise ValueError(f"--alternate {text}: expected SFT:GRPO, two whole numbers such as 2:1")
+    return int(k), int(m)
+
+
+# ============================================================================= advantages
+
+
+def group_advantages(rewards: Tensor, mode: str = "zscore", eps: float = 1e-4) -> Tensor:
+    """How much better each completion did than its group. rewards [Q, G] -> advantages [Q, G].
+
+    `zscore` is equation (4) (arXiv 2402.03300); `centered` leaves the division out (Dr. GRPO, arXiv 2503.20783);
+    `median` splits the group into G+ above its median (+1) and G- below it (-1).
+    """
+    if mode == "median":
+        return torch.sign(rewards - rewards.quantile(0.5, dim=1, keepdim=True))
+    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    if mode == "centered":
+        return centered
+    if mode == "zscore":
+        return centered / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
+    raise ValueError(f"advantage {mode!r}: choose from zscore, centered, median")
+
+
+# ============================================================================= the update
+#
+# SFT and GRPO both weigh the log-probs of completions. They share everything here but the objective.
+
+
+@dataclass
+class Batch:
+    """B prompts with a completion each, as token ids, and for GRPO what the objective needs beside them."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    temperature: float = 1.0
+    advantages: Tensor | None = None  # [B]
+    old_logprobs: list[Tensor] | None = None  # B tensors [completion length]; None: on-policy, the ratio is 1
+    ref_logprobs: list[Tensor] | None = None  # likewise; None: no reference policy
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens: the denominator of both losses."""
+        return sum(map(len, self.completions))
+
+
+@dataclass
+class MicroBatch:
+    """Some sequences of a batch, padded on the right, and where their completion tokens are."""
+
+    members: list[int]  # which sequences of the batch, b of them
+    input_ids: Tensor  # [b, T] int64; causality keeps the padding from mattering
+    rows: Tensor  # [N] the sequence of each completion token
+    before: Tensor  # [N] the position whose hidden state predicts it
+    targets: Tensor  # [N] the token itself
+
+
+def micro_batches(batch: Batch, most_tokens: int, device) -> list[MicroBatch]:
+    """Cut a batch into pieces of at most `most_tokens` (padding included), like lengths together."""
+    lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
+    pieces: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if pieces and (len(pieces[-1]) + 1) * lengths[i] <= most_tokens:  # i is the longest so far
+            pieces[-1].append(i)
+        else:
+            pieces.append([i])
+    return [_collate(batch, members, device) for members in pieces]
+
+
+def _collate(batch: Batch, members: list[int], device) -> MicroBatch:
+    longest = max(len(batch.prompts[i]) + len(batch.completions[i]) for i in members)
+    input_ids = torch.zeros(len(members), longest, dtype=torch.long)  # [b, T]
+    rows, before, targets = [], [], []
+    for row, i in enumerate(members):
+        prompt, completion = batch.prompts[i], batch.completions[i]
+        input_ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        rows += [row] * len(completion)
+        before += range(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        targets += completion
+    rows, before, targets = (torch.tensor(x, dtype=torch.long, device=device) for x in (rows, before, targets))
+    return MicroBatch(members, input_ids.to(device), rows, before, targets)
+
+
+def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of each completion token, both [N]; the temperature divides the logits, as in sampling."""
+    with autocast(model.device):
+        hidden = model(micro.input_ids)[micro.rows, micro.before]  # [N, D]
+        return kernels.token_logprobs(hidden, model.head, micro.targets, temperature)
+
+
+@torch.no_grad()
+def score(model: Transformer, batch: Batch, config: Config) -> list[Tensor]:
+    """Log-probs of every completion under a frozen policy: B tensors [completion length]."""
+    scores: list[Tensor] = [torch.empty(0)] * len(batch.prompts)
+    for micro in micro_batches(batch, config.tokens_per_microbatch, model.device):
+        logprobs, _ = completion_logprobs(model, micro, batch.temperature)
+        for i, part in zip(
+            micro.members, logprobs.split([len(batch.completions[i]) for i in micro.members]), strict=True
+        ):
+            scores[i] = part
+    return scores
+
+
+def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominator: int, config: Config):
+    """Equation (2); with `dft`, each token is weighed by its own probability (arXiv 2508.05629, equation 9)."""
+    weights = logprobs.detach().exp() if config.sft_loss == "dft" else torch.ones_like(logprobs)
+    return -(weights * logprobs).sum() / denominator, {}
+
+
+def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominator: int, config: Config):
+    """Equation (3). On-policy, pi_old is pi itself: the ratio is 1 and its gradient is that of the log-prob."""
+
+    def of_members(parts: list[Tensor]) -> Tensor:
+        return torch.cat([parts[i] for i in micro.members])  # [N]
+
+    return kernels.grpo_loss(
+        logprobs,
+        of_members(batch.old_logprobs) if batch.old_logprobs else logprobs.detach(),
+        of_members(batch.ref_logprobs) if batch.ref_logprobs else None,
+        batch.advantages[micro.members].to(logprobs.device)[micro.rows],
+        torch.ones_like(logprobs),
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_coef=config.kl_coef,
+        denominator=denominator,
+    )
+
+
+def accumulate_gradient(
+    model: Transformer, batch: Batch, objective, config: Config, denominator: int | None = None
+) -> dict:
+    """Gradient of the whole batch, piece by piece, into `.grad`. Returns its loss, L2 norm, and means over tokens.
+
+    The denominator is fixed before the first piece, so neither loss nor gradient depends on the cut; it is the
+    batch's number of completion tokens unless told otherwise (GRPO leaves out sequences that have no gradient
+    but still count). The norm is that of all parameters, before clipping; `.grad` is clipped on return.
+    """
+    denominator = max(denominator or batch.tokens, 1)
+    model.zero_grad(set_to_none=True)
+    totals = {"loss": 0.0, "entropy": 0.0}
+    for micro in micro_batches(batch, config.tokens_per_microbatch, model.device):
+        if len(micro.targets) == 0:
+            continue
+        logprobs, entropy = completion_logprobs(model, micro, batch.temperature)
+        loss, sums = objective(batch, micro, logprobs, denominator, config)
+        loss.backward()
+        sums = sums | {"entropy": entropy.detach().sum()}
+        totals["loss"] += loss.item()
+        for key, value in sums.items():
+            totals[key] = totals.get(key, 0.0) + value.item() / max(batch.tokens, 1)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
+    return totals | {"grad_norm": grad_norm}
+
+
+def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
+    """AdamW; weight decay pulls on matrices, not on norms and biases."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=model.device.type == "cuda")
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of step 1, 2, ..., warm-up and adaptive counted through. Each stage starts by rising from 0.
+
+    Only the last `decay_steps` of a wsd run know how long the run is, so a run that was stopped before them can
+    be resumed with another --steps: that is a decay branch (arXiv 2404.06395).
+    """
+    in_warmup = step <= config.warmup_steps
+    peak, length = (config.warmup_lr, config.warmup_steps) if in_warmup else (config.lr, config.steps)
+    t = step if in_warmup else step - config.warmup_steps  # 1 ... length
+    rate = peak * min(1.0, t / max(config.lr_warmup_steps, 1))
+    if config.lr_schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * (t - 1) / length)) / 2
+    if config.lr_schedule == "wsd" and not in_warmup and config.decay_steps:
+        rate *= min(1.0, (length - t + 1) / config.decay_steps)
+    return rate
+
+
+def autocast(device: torch.device):
+    """bf16 arithmetic on CUDA, where the weights stay fp32; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# ============================================================================= what a run is made of
+
+
+def load_task_spec(spec: str, path: str, seed: int) -> Task:
+    """'countdown:numbers=4,test_size=100' -> the task. Whole numbers become int, everything else stays text."""
+    name, _, rest = spec.partition(":")
+    options = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"task {spec!r}: expected NAME:key=value,..., found {part!r}")
+        options[key] = int(value) if value.lstrip("-").isdecimal() else value
+    return load_task(name, path or None, seed=seed, **options)
+
+
+# Out of the domain but within its vocabulary: a number of people, or of numbers, that training never shows.
+SIBLINGS = {"knights-knaves": "knights-knaves:people=2,train_size=1", "countdown": "countdown:numbers=4,train_size=1"}
+
+
+def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
+    """The task, the task to warm up on (often the same), and the out-of-domain one (or None)."""
+    task = load_task_spec(config.task, config.data, config.seed)
+    warmup = load_task_spec(config.warmup_task, "", config.seed) if config.warmup_task else task
+    ood = config.ood_task
+    if ood == "auto":
+        ood = "none" if config.data else SIBLINGS[task.name]
+    return task, warmup, None if ood == "none" else load_task_spec(ood, "", config.seed)
+
+
+class TokenizedTask:
+    """A task as the model sees it: token ids, and how long a completion may get."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, stop_token_id: int, max_new_tokens: int):
+        def encode(texts):
+            return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+        self.task = task
+        self.train_prompts = encode(e.prompt for e in task.train)
+        self.test_prompts = encode(e.prompt for e in task.test)
+        shown = [i for i, e in enumerate(task.train) if e.demonstration is not None]
+        completions = [[*ids, stop_token_id] for ids in encode(task.train[i].demonstration for i in shown)]
+        self.demonstrations = [(self.train_prompts[i], ids) for i, ids in zip(shown, completions, strict=True)]
+        in_test = encode(e.demonstration for e in task.test if e.demonstration is not None)
+        self.longest_demonstration = max(map(len, completions + in_test), default=0)
+        self.max_new_tokens = max_new_tokens or self.longest_demonstration * 5 // 4 or 512
+
+    @property
+    def context(self) -> int:
+        """Positions that hold every prompt with its completion."""
+        longest_prompt = max(map(len, self.train_prompts + self.test_prompts))
+        return longest_prompt + max(self.max_new_tokens, self.longest_demonstration)
+
+
+def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transformer:
+    """A small Qwen3-shaped model with random weights: the same for the same seed."""
+    shape = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        head_dim=config.hidden_size // config.heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.token_to_id(END),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Transformer(shape)
+
+
+def load_pretrained(path: str) -> tuple[Transformer, Tokenizer]:
+    file = Path(path) / "tokenizer.json"
+    model = Transformer.from_pretrained(path)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights")
+    if model.config.eos_token_id is None:
+        raise ValueError(f"{path}/config.json: eos_token_id is missing; completions need an end")
+    return model, Tokenizer.from_file(str(file))
+
+
+def resolve_device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+# Randomness without state: a draw is a function of the seed, its purpose, and a count.
+PURPOSES = {"demonstrations": 1, "prompts": 2, "alpha": 3, "samples": 4}
+
+
+def random_source(seed: int, purpose: str, count: int) -> np.random.Generator:
+    return np.random.default_rng([seed, PURPOSES[purpose], count])
+
+
+def shuffled(population: int, start: int, count: int, seed: int, purpose: str) -> list[int]:
+    """Indices start ... start+count of an endless row of epochs, each its own permutation of the population."""
+    epochs = range(start // population, (start + count - 1) // population + 1)
+    order = np.concatenate([random_source(seed, purpose, epoch).permutation(population) for epoch in epochs])
+    offset = start - epochs[0] * population
+    return order[offset : offset + count].tolist()
+
+
+# ============================================================================= training
+
+
+@dataclass
+class State:
+    """Where a run is. With weights, optimizer and controller, this is all that a resume needs."""
+
+    step: int = 0  # steps done, warm-up and adaptive counted through
+    sft_steps: int = 0  # of the adaptive stage
+    grpo_steps: int = 0
+    sft_norm: float | None = None  # last SFT gradient norm that was measured, by a step or by a probe
+    sft_norm_step: int = 0
+    seconds: dict = field(default_factory=lambda: {"warmup": 0.0, "sft": 0.0, "grpo": 0.0, "eval": 0.0})
+    accuracy: dict = field(default_factory=dict)  # accuracy_before, _warmup, _final, and each with _ood
+    last_accuracy: float | None = None
+
+
+class Trainer:
+    """Model, data and state of one run, and the two kinds of step."""
+
+    def __init__(self, config: Config):
+        self.config, self.state = config, State()
+        self.device = resolve_device(config.device)
+        tasks = task, warmup_task, _ = load_tasks(config)
+        if config.model:
+            model, self.tokenizer = load_pretrained(config.model)
+            eos = model.config.eos_token_id
+            self.stop_token_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+        else:
+            examples = task.train + warmup_task.train
+            texts = (text for e in examples for text in (e.prompt, e.demonstration or e.answer))
+            self.tokenizer = train_tokenizer(texts, config.vocab_size)
+            self.stop_token_ids = (self.tokenizer.token_to_id(END),)
+        stop = self.stop_token_ids[0]
+        by_task = {id(t): TokenizedTask(t, self.tokenizer, stop, config.max_new_tokens) for t in tasks if t}
+        self.task, self.warmup_task, self.ood_task = (by_task.get(id(t)) for t in tasks)
+        if not config.model:
+            model = build_model(config, self.tokenizer, max(t.context for t in by_task.values()))
+        self.model = model.to(self.device)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        # What samples are drawn from: the model itself, or on CUDA a bf16 copy of it.
+        self.sampler = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).bfloat16()
+        self.reference: Transformer | None = None
+        self.optimizer = make_optimizer(self.model, config)
+        self.controller = make_controller(config)
+        adaptive_sft_steps = 0 if config.controller == "grpo" else config.steps
+        for steps, source in ((config.warmup_steps, self.warmup_task), (adaptive_sft_steps, self.task)):
+            if steps and not source.demonstrations:
+                raise ValueError(
+                    f"task {source.task.name}: no example has a demonstration, so there is nothing for SFT"
+                )
+
+    # --- SFT
+
+    def sft_batch(self) -> Batch:
+        """The next demonstrations."""
+        in_warmup = self.state.step < self.config.warmup_steps
+        source = self.warmup_task if in_warmup else self.task
+        size, taken = self.config.sft_batch_size, min(self.state.step, self.config.warmup_steps) + self.state.sft_steps
+        chosen = shuffled(len(source.demonstrations), taken * size, size, self.config.seed, "demonstrations")
+        prompts, completions = zip(*(source.demonstrations[i] for i in chosen), strict=True)
+        return Batch(list(prompts), list(completions))
+
+    def sft_step(self) -> dict:
+        batch = self.sft_batch()
+        stats = accumulate_gradient(self.model, batch, sft_objective, self.config)
+        self._step_optimizer(stats["grad_norm"])
+        return {"loss": stats["loss"], "grad_norm": stats["grad_norm"], "tokens": batch.tokens}
+
+    def probe(self) -> float:
+        """The SFT gradient norm here and now, without a step."""
+        return accumulate_gradient(self.model, self.sft_batch(), sft_objective, self.config)["grad_norm"]
+
+    # --- GRPO
+
+    def grpo_step(self) -> dict:
+        """Sample a group for each prompt, reward it, and follow the advantages."""
+        config = self.config
+        start = self.state.grpo_steps * config.prompts_per_step
+        chosen = shuffled(len(self.task.train_prompts), start, config.prompts_per_step, config.seed, "prompts")
+        prompts = [self.task.train_prompts[i] for i in chosen]
+        rollout = self._sample(prompts)
+        rewards = self._rewards(rollout.completions, chosen)  # [Q, G]
+        advantages = group_advantages(rewards, config.advantage, config.advantage_eps).flatten()  # [Q*G]
+        tokens = sum(map(len, rollout.completions))
+        record = {
+            "loss": 0.0,
+            "grad_norm": 0.0,
+            "tokens": tokens,
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std(dim=1, correction=0).mean().item(),
+            "zero_variance_fraction": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+            "completion_length": tokens / len(rollout.completions),
+            "truncated_fraction": 1 - sum(rollout.finished) / len(rollout.finished),
+            "kl": None,
+            "entropy": None,
+            "clip_fraction": None,
+        }
+        if not advantages.any():
+            return record
+        # Without a KL term a completion of advantage 0 has no gradient; it counts in the denominator all the same.
+        kept = [i for i, a in enumerate(advantages.tolist()) if a != 0 or self.reference is not None]
+        batch = Batch(
+            [prompts[i // config.group_size] for i in kept],
+            [rollout.completions[i] for i in kept],
+            config.temperature,
+            advantages[kept],
+        )
+        if config.inner_updates > 1:
+            batch.old_logprobs = score(self.model, batch, config)
+        if self.reference is not None:
+            batch.ref_logprobs = score(self.reference, batch, config)
+        updates = []
+        for _ in range(config.inner_updates):
+            updates.append(accumulate_gradient(self.model, batch, grpo_objective, config, denominator=tokens))
+            self._step_optimizer(updates[-1]["grad_norm"])
+        means = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
+        if self.reference is None:
+            means["kl"] = None
+        return record | means
+
+    def _sample(self, prompts: list[list[int]]) -> Rollout:
+        self._refresh_sampler()
+        params = SamplingParams(self.task.max_new_tokens, self.config.temperature, stop_token_ids=self.stop_token_ids)
+        seed = int(random_source(self.config.seed, "samples", self.state.step).integers(2**63))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return generate(self.sampler, prompts, params, group_size=self.config.group_size, generator=generator)
+
+    def _rewards(self, completions: list[list[int]], chosen: list[int]) -> Tensor:
+        """[Q, G], in the order of the rollout."""
+        examples = [self.task.task.train[i] for i in chosen for _ in range(self.config.group_size)]
+        texts = self.tokenizer.decode_batch(completions, skip_special_tokens=True)
+        rewards = [self.task.task.grade(text, example).reward for text, example in zip(texts, examples, strict=True)]
+        return torch.tensor(rewards).view(len(chosen), self.config.group_size)
+
+    # --- what both share
+
+    def _step_optimizer(self, grad_norm: float) -> None:
+        """One AdamW step, unless the gradient is not finite: then the weights stay as they are."""
+        if math.isfinite(grad_norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.state.step + 1)
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def _refresh_sampler(self) -> None:
+        if self.sampler is not self.model:
+            for copied, trained in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
+                copied.copy_(trained)
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy accuracy on the test examples, in domain and (`_ood`) out of it."""
+        self._refresh_sampler()
+        scores = {"accuracy": self._accuracy(self.task)}
+        if self.ood_task is not None:
+            scores["accuracy_ood"] = self._accuracy(self.ood_task)
+        return scores
+
+    def _accuracy(self, tokenized: TokenizedTask) -> float:
+        params = SamplingParams(tokenized.max_new_tokens, temperature=0, stop_token_ids=self.stop_token_ids)
+        examples = tokenized.task.test[: self.config.eval_examples]
+        correct = 0
+        for start in range(0, len(examples), 256):  # so many rows at once
+            part = slice(start, min(start + 256, len(examples)))
+            rollout = generate(self.sampler, tokenized.test_prompts[part], params)
+            texts = self.tokenizer.decode_batch(rollout.completions, skip_special_tokens=True)
+            correct += sum(tokenized.task.grade(t, e).correct for t, e in zip(texts, examples[part], strict=True))
+        return correct / len(examples)
+
+    # --- one step of either stage, and what happens between them
+
+    def warmup_step(self) -> dict:
+        record = self.sft_step()
+        self.controller.observe_warmup(record["grad_norm"])
+        self._remember_norm(record["grad_norm"], self.state.step + 1)
+        return {"phase": "warmup", "kind": "sft"} | record
+
+    def adaptive_step(self) -> dict:
+        """The heart of the method: look at the norm, draw, then learn from the textbook or from practice."""
+        state = self.state
+        if self.config.probe_every and state.step - state.sft_norm_step >= self.config.probe_every:
+            norm = self.probe()
+            self.controller.observe_sft(norm)
+            self._remember_norm(norm, state.step)
+        decision = {
+            "p_sft": self.controller.sft_probability(state.step - self.config.warmup_steps),
+            "alpha": random_source(self.config.seed, "alpha", state.step).random(),
+            "sft_norm": state.sft_norm,
+            "sft_norm_age": state.step - state.sft_norm_step,
+        }
+        if decision["alpha"] < decision["p_sft"]:
+            kind, record = "sft", self.sft_step()
+            self.controller.observe_sft(record["grad_norm"])
+            self._remember_norm(record["grad_norm"], state.step + 1)
+            state.sft_steps += 1
+        else:
+            kind, record = "grpo", self.grpo_step()
+            state.grpo_steps += 1
+        return {"phase": "adaptive", "kind": kind} | record | decision
+
+    def _remember_norm(self, norm: float, step: int) -> None:
+        self.state.sft_norm, self.state.sft_norm_step = norm, step
+
+    def milestone(self) -> dict[str, float]:
+        """After `state.step` steps: evaluate if it is time; at the stages' ends also set up what comes next."""
+        config, state = self.config, self.state
+        begins_adaptive = state.step == config.warmup_steps
+        names = [
+            name
+            for name, at in (("before", 0), ("warmup", config.warmup_steps), ("final", total_steps(config)))
+            if state.step == at
+        ]
+        scores = {}
+        if names or (config.eval_every and state.step % config.eval_every == 0):
+            started = time.perf_counter()
+            scores = self.evaluate()
+            state.seconds["eval"] += time.perf_counter() - started
+            state.last_accuracy = scores["accuracy"]
+        for name in names:
+            state.accuracy |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in scores.items()}
+        if begins_adaptive and config.warmup_steps == 0 and self.task.demonstrations:
+            norm = self.probe()  # no warm-up to take the yardstick from: measure it
+            self.controller.observe_warmup(norm)
+            self._remember_norm(norm, 0)
+        if config.kl_coef and (begins_adaptive if config.reference == "warmup" else state.step == 0):
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        return scores
+
+    # --- in and out of a checkpoint
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, Adam's moments and the reference policy, each under its own prefix."""
+        named = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
+                named[f"optimizer.{key}.{name}"] = value
+        if self.reference is not None:
+            named |= {f"reference.{name}": p for name, p in self.reference.named_parameters()}
+        return named
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], saved: dict) -> None:
+        if any(name.startswith("reference.") for name in tensors):
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+            if self.reference is not None:
+                self.reference.get_parameter(name).copy_(tensors[f"reference.{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"optimizer.{key}.{name}" in tensors:
+                    on_host = key == "step" and not self.optimizer.defaults["fused"]
+                    moment = tensors[f"optimizer.{key}.{name}"].to("cpu" if on_host else parameter.device)
+                    self.optimizer.state[parameter][key] = moment
+        self.controller.load_state_dict(saved["controller"])
+        self.state = State(**saved["state"])
+
+
+def total_steps(config: Config) -> int:
+    return config.warmup_steps + config.steps
+
+
+def train(config: Config, *, resume: RunFolder | None = None) -> dict:
+    """Run both stages and return the summary that is also written to OUT/summary.json.
+
+    With `resume`, go on from the last checkpoint of that folder, or from its beginning if it has none. An
+    interrupt (first SIGINT or SIGTERM) ends the step, saves, and raises `run.Stopped`.
+    """
+    trainer = Trainer(config)
+    folder = resume or RunFolder(config.out)
+    checkpoint = folder.load_checkpoint() if resume else None
+    if resume is None:
+        folder.create(dataclasses.asdict(config))
+    if checkpoint:
+        trainer.restore(*checkpoint)
+        folder.rewind_metrics(checkpoint[1]["metrics_bytes"])
+    else:
+        folder.rewind_metrics(0)
+        trainer.milestone()
+
+    state, progress = trainer.state, Progress()
+    with Interrupt() as interrupt:
+        while state.step < total_steps(config):
+            started = time.perf_counter()
+            record = trainer.warmup_step() if state.step < config.warmup_steps else trainer.adaptive_step()
+            record |= {"lr": learning_rate(config, state.step + 1), "seconds": time.perf_counter() - started}
+            state.seconds["warmup" if record["phase"] == "warmup" else record["kind"]] += record["seconds"]
+            state.step += 1
+            scores = trainer.milestone()
+            folder.log({"step": state.step} | record | {f"eval/{key}": value for key, value in scores.items()})
+            progress.show(progress_line(config, state, record))
+            last = state.step == total_steps(config)
+            if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
+                saved = {"controller": trainer.controller.state_dict(), "state": dataclasses.asdict(state)}
+                folder.save_checkpoint(trainer.tensors(), saved)
+            if interrupt.signal and not last:
+                raise Stopped(interrupt.signal, folder.path)
+    progress.close()
+
+    def save_model(path: Path) -> None:
+        trainer.model.save_pretrained(path)
+        trainer.tokenizer.save(str(path / "tokenizer.json"))
+
+    folder.replace_folder("model", save_model)
+    summary = state.accuracy | {
+        "controller": config.controller,
+        "task": config.task,
+        "seed": config.seed,
+        "warmup_steps": config.warmup_steps,
+        "sft_steps": state.sft_steps,
+        "grpo_steps": state.grpo_steps,
+        "seconds": sum(state.seconds.values()),
+        **{f"seconds_{kind}": value for kind, value in state.seconds.items()},
+        **provenance(trainer.device),
+    }
+    folder.write_json("summary.json", summary)
+    return summary
+
+
+# ============================================================================= what the person sees
+
+
+def seconds_left(config: Config, state: State) -> float:
+    """From the mean cost of each kind of step so far; before the first GRPO step its cost is guessed from sizes."""
+    adaptive = state.sft_steps + state.grpo_steps
+    warmed_up = state.step - adaptive
+    sft_cost = (state.seconds["warmup"] + state.seconds["sft"]) / max(warmed_up + state.sft_steps, 1)
+    guess = 2 * sft_cost * config.prompts_per_step * config.group_size / config.sft_batch_size
+    grpo_cost = state.seconds["grpo"] / state.grpo_steps if state.grpo_steps else guess
+    prior = {"sft": 1.0, "grpo": 0.0}.get(config.controller, 0.5)  # worth ten steps of evidence
+    sft_share = (state.sft_steps + 10 * prior) / (adaptive + 10)
+    adaptive_cost = sft_share * sft_cost + (1 - sft_share) * grpo_cost
+    steps = (config.warmup_steps - warmed_up) * sft_cost + (config.steps - adaptive) * adaptive_cost
+    return steps * (1 + state.seconds["eval"] / max(sum(state.seconds.values()) - state.seconds["eval"], 1e-9))
+
+
+def progress_line(config: Config, state: State, record: dict) -> str:
+    """One line of at most 100 columns; accuracy and reward stay on show until there are newer ones."""
+    stage = "warm-up" if record["phase"] == "warmup" else f"adaptive {record['kind']:4} p_sft {record['p_sft']:.2f}"
+    reward = f" reward {record['reward_mean']:.2f}" if "reward_mean" in record else ""
+    accuracy = f" accuracy {state.last_accuracy:.1%}" if state.last_accuracy is not None else ""
+    loss = f" loss {record['loss']:.3f}"
+    return (
+        f"{state.step}/{total_steps(config)} {stage}{loss}{reward}{accuracy} left {clock(seconds_left(config, state))}"
+    )
+
+
+def closing_table(summary: dict, out: str) -> str:
+    """Accuracies and costs of a finished run."""
+
+    def percent(key: str) -> str:
+        return f"{summary[key]:10.1%}" if key in summary else f"{'-':>10}"
+
+    lines = [f"{'accuracy':24}{'before':>10}{'warm-up':>10}{'final':>10}"]
+    for label, suffix in (("in domain", ""), ("out of domain", "_ood")):
+        lines.append(f"{label:24}" + "".join(percent(f"accuracy_{at}{suffix}") for at in ("before", "warmup", "final")))
+    lines.append("")
+    lines.append(f"{'':24}{'warm-up':>10}{'SFT':>10}{'GRPO':>10}{'eval':>10}{'all':>10}")
+    steps = [summary["warmup_steps"], summary["sft_steps"], summary["grpo_steps"]]
+    lines.append(f"{'steps':24}" + "".join(f"{n:10}" for n in steps) + f"{'':10}{sum(steps):10}")
+    seconds = [summary[f"seconds_{kind}"] for kind in ("warmup", "sft", "grpo", "eval")]
+    lines.append(f"{'seconds':24}" + "".join(f"{s:10.1f}" for s in [*seconds, summary["seconds"]]))
+    return "\n".join([*lines, "", f"written to {out}"])
+
+
+# ============================================================================= command line
+
+GROUPS = {  # the first field of each group of flags in --help
+    "task": "what to learn",
+    "model": "the model",
+    "warmup_steps": "how long",
+    "controller": "who decides between SFT and GRPO",
+    "sft_batch_size": "SFT",
+    "prompts_per_step": "GRPO",
+    "warmup_lr": "the optimizer (AdamW)",
+    "eval_every": "evaluation and files",
+}
+
+# What a resumed run may change without making the steps already taken untrue.
+RESUMABLE = ("steps", "decay_steps", "lr_schedule", "eval_every", "eval_examples", "save_every", "out", "device")
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Only what the person said: fields of Config that were not named are absent."""
+    parser = argparse.ArgumentParser(
+        prog="sasr.py",
+        description="Warm a language model up with SFT, then let its gradient norm decide between SFT and GRPO.",
+        epilog="With no flag at all it trains a small model on generated puzzles, on a GPU or a CPU, in minutes.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder; with --out, as a branch of it")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="grade --model on the task's test examples, train nothing"
+    )
+    group = parser
+    for spec in dataclasses.fields(Config):
+        if spec.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[spec.name])
+        shown = f"{spec.metadata['help']} (default {spec.default!r})".replace("%", "%%")
+        if spec.type == "bool":
+            group.add_argument(flag_name(spec), action=argparse.BooleanOptionalAction, help=shown)
+        else:
+            kind = {"int": int, "float": float, "str": str}[spec.type]
+            group.add_argument(
+                flag_name(spec),
+                type=kind,
+                choices=spec.metadata["choices"] or None,
+                metavar=spec.type.upper(),
+                help=shown,
+            )
+    return parser.parse_args(argv)
+
+
+def default_out(config: Config) -> str:
+    """runs/CONTROLLER-TASK-SEED, with a number behind it if that is taken."""
+    base = f"runs/{config.controller}-{config.task.partition(':')[0]}-{config.seed}"
+    names = [base] + [f"{base}-{n}" for n in range(2, 10_000)]
+    return next(name for name in names if not Path(name).exists())
+
+
+def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
+    """Configuration and folder of a run that goes on, in its own folder or in a branch (`--out`).
+
+    Raises ValueError naming a flag that would contradict the steps already taken.
+    """
+    folder = RunFolder(out)
+    old = Config(**folder.read_json("config.json"))
+    for name, value in said.items():
+        if name not in RESUMABLE and value != getattr(old, name):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a resumed run keeps its {getattr(old, name)!r}")
+    new = dataclasses.replace(old, **said)
+    checkpoint = folder.load_checkpoint()
+    done = checkpoint[1]["state"]["step"] if checkpoint else 0
+    if done > total_steps(new):
+        raise ValueError(f"--steps {new.steps}: the run has already taken {done - new.warmup_steps}")
+    if any(learning_rate(old, step) != learning_rate(new, step) for step in range(1, done + 1)):
+        raise ValueError(
+            "--steps, --decay-steps or --lr-schedule would change the learning rate of steps already taken"
+        )
+    if new.out != old.out:
+        folder = folder.branch_to(new.out)
+    folder.write_json("config.json", dataclasses.asdict(new))
+    return new, folder
+
+
+def evaluate_only(config: Config) -> str:
+    if not config.model:
+        raise ValueError("--eval-only needs --model, a checkpoint directory")
+    trainer = Trainer(dataclasses.replace(config, warmup_steps=0, steps=0))
+    scores = trainer.evaluate()
+    return "\n".join(f"{name:16}{score:8.1%}  of {config.eval_examples} at most" for name, score in scores.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: done; 2: bad input, one line on standard error; 130 or 143: interrupted and saved."""
+    said = vars(parse_flags(argv))
+    resume, eval_only = said.pop("resume", None), said.pop("eval_only", False)
+    try:
+        if eval_only:
+            print(evaluate_only(Config(**said)))
+            return 0
+        if resume:
+            config, folder = resumed(resume, said)
+        else:
+            config, folder = Config(**said), None
+            config = dataclasses.replace(config, out=config.out or default_out(config))
+        print(closing_table(train(config, resume=folder), config.out))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"sasr.py: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"stopped and saved; go on with: python sasr.py --resume {stopped.folder}", file=sys.stderr)
+        return 128 + stopped.signal
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -167,7 +167,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim/2]) of [B, heads, T, head_dim] by its angle, cos and sin [B, 1, T, head_dim]."""
+    """Turn each pair (x[i], x[i + head_dim/2]) of x [B, heads, T, head_dim] by its angle [B, 1, T, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -183,8 +183,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, *, dtype: torch.dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, not empty: a slot that no one may look at has weight 0, and 0 * NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
         self.length = 0
 
@@ -198,8 +199,8 @@ class KVCache:
         """A cache of `slots` slots that holds copies of these rows [B']: to fan a prompt out, or to drop rows."""
         new = object.__new__(KVCache)
         layers, _, heads, _, head_dim = self.keys.shape
-        new.keys = self.keys.new_empty(layers, len(rows), heads, slots, head_dim)
-        new.values = torch.empty_like(new.keys)
+        new.keys = self.keys.new_zeros(layers, len(rows), heads, slots, head_dim)
+        new.values = torch.zeros_like(new.keys)
         new.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
         new.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
         new.rows = torch.arange(len(rows), device=rows.device)[:, None]

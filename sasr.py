@@ -487,8 +487,8 @@ def load_task_spec(spec: str, path: str, seed: int) -> Task:
     return load_task(name, path or None, seed=seed, **options)
 
 
-# Out of the domain but within its vocabulary: a number of people, or of numbers, that training never shows.
-SIBLINGS = {"knights-knaves": "knights-knaves:people=2,train_size=1", "countdown": "countdown:numbers=4,train_size=1"}
+# Out of the domain but within its vocabulary: claims of three operands instead of two, four numbers instead of three.
+SIBLINGS = {"knights-knaves": "knights-knaves:width=3,train_size=1", "countdown": "countdown:numbers=4,train_size=1"}
 
 
 def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:

@@ -16,7 +16,7 @@ Where this departs from its sources, and why:
 - The verifier parses the expression itself, in exact fractions. TinyZero calls Python's `eval` and compares floats to
   1e-5, which runs a model's text as code and lets 0.99999... pass. A second answer pair is malformed here, where
   TinyZero grades the last one: a policy must not be paid for guessing many times.
-- No partial reward for a well-formed wrong answer (TinyZero pays 0.1): every task of this repository pays outcomes only.
+- No partial reward for a well-formed wrong answer (TinyZero pays 0.1): every task here pays outcomes only.
 - A stream of search names each node and prints its whole state, over thousands of tokens. Here a line is one complete
   path and a trace is a short *window* of the search: at most MAX_DEAD_ENDS failed paths, then the first that succeeds.
   So the first line of a trace is a guess of where to look; each next line is the mechanical next path; and the search

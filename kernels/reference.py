@@ -66,11 +66,11 @@ def grpo_loss(
         k3    = pi_ref / pi - log(pi_ref/pi) - 1   an estimate of KL(pi || pi_ref) that is never negative
         loss  = -sum over tokens [ min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) - kl_coef k3 ] / denominator
 
-    All tensors [N] (or any one shape); `mask` is 1 where a token counts. The denominator defaults to the
-    number of those tokens; pass that of the whole batch when this is one micro-batch of several. Without a
-    reference (None) the KL is 0, and kl_coef must be. The statistics are sums over tokens, detached, so that micro-batches add up:
-    `kl` and `clip_fraction`. "Clipped" means that the token gets no gradient: the ratio has left the interval on
-    the side that the advantage pushes to.
+    All tensors are [N] (or of any one shape); `mask` is 1 where a token counts. The denominator defaults to
+    the number of those tokens; pass that of the whole batch when this is one micro-batch of several. Without
+    a reference (None) the KL is 0. The statistics, `kl` and `clip_fraction`, are sums over tokens, detached, so that
+    micro-batches add up. A token counts as clipped when it gets no gradient: its ratio has left the interval
+    on the side that the advantage pushes to.
     """
     mask = mask.to(logprobs.dtype)
     ratio = torch.exp(logprobs - old_logprobs)

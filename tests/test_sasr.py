@@ -1,0 +1,564 @@
+"""The algorithm: controllers by hand, advantages and losses against formulas written out here, one update."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sasr
+from model import ModelConfig, Transformer
+from sasr import Batch, Config, SasrController, group_advantages, make_controller
+
+# ---- Controllers -----------------------------------------------------------------------------------------------------
+
+
+def test_sasr_probability_by_hand():
+    controller = SasrController(gamma=1.0)
+    controller.observe_warmup(5.0)
+    controller.observe_warmup(2.0)  # the last one counts
+    assert controller.sft_probability() == pytest.approx(0.5)
+    controller.observe_sft(6.0)
+    assert controller.sft_probability() == pytest.approx(6 / (6 + 2))
+    controller.observe_sft(0.5)
+    assert controller.sft_probability() == pytest.approx(0.5 / 2.5)
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [(0.5, 2 / 3), (3.0, 1 / 4), (0.0, 1.0)])
+def test_gamma_weighs_the_warmup_norm(gamma, expected):
+    controller = SasrController(gamma=gamma)
+    controller.observe_warmup(7.0)
+    assert controller.sft_probability() == pytest.approx(expected)
+
+
+def test_warmup_norm_may_be_a_mean_over_a_window_or_an_ema():
+    mean = SasrController(warmup_norm="mean", window=2)
+    ema = SasrController(warmup_norm="ema", ema=0.75)
+    for norm in (8.0, 4.0, 2.0):
+        mean.observe_warmup(norm)
+        ema.observe_warmup(norm)
+    assert mean.g_warmup == pytest.approx((4 + 2) / 2)
+    assert ema.g_warmup == pytest.approx(0.75 * (0.75 * 8 + 0.25 * 4) + 0.25 * 2)
+
+
+def test_current_norm_may_be_an_ema():
+    controller = SasrController(current_norm="ema", ema=0.75)
+    controller.observe_warmup(4.0)
+    controller.observe_sft(8.0)
+    assert controller.sft_probability() == pytest.approx(5 / (5 + 4))  # 0.75 * 4 + 0.25 * 8 = 5
+
+
+def test_no_gradient_anywhere_means_no_sft():
+    controller = SasrController()
+    controller.observe_warmup(0.0)
+    assert controller.sft_probability() == 0.0
+
+
+def test_sasr_without_a_norm_says_so():
+    with pytest.raises(RuntimeError, match="no warm-up norm"):
+        SasrController().sft_probability()
+
+
+@given(st.floats(1e-6, 1e6), st.floats(0, 1e6), st.floats(0, 100))
+def test_sasr_probability_is_a_probability_and_grows_with_the_norm(warmup, current, gamma):
+    controller = SasrController(gamma=gamma)
+    controller.observe_warmup(warmup)
+    controller.observe_sft(current)
+    p = controller.sft_probability()
+    assert 0 <= p <= 1
+    controller.observe_sft(current * 2)
+    assert controller.sft_probability() >= p
+
+
+def test_controller_state_goes_through_json_and_back():
+    controller = SasrController(warmup_norm="mean", window=3)
+    for norm in (3.0, 1.0, 0.1):
+        controller.observe_warmup(norm)
+    controller.observe_sft(0.7)
+    other = SasrController(warmup_norm="mean", window=3)
+    other.load_state_dict(controller.state_dict())
+    assert other.sft_probability() == controller.sft_probability()
+    controller.observe_warmup(9.0)
+    other.observe_warmup(9.0)
+    assert other.g_warmup == controller.g_warmup
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"controller": "sft"}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"controller": "grpo"}, [0, 0, 0, 0, 0, 0, 0, 0]),
+        ({"controller": "sft-then-grpo"}, [1, 1, 1, 1, 0, 0, 0, 0]),
+        ({"controller": "sft-then-grpo", "switch_step": 2}, [1, 1, 0, 0, 0, 0, 0, 0]),
+        ({"controller": "alternate"}, [1, 0, 1, 0, 1, 0, 1, 0]),
+        ({"controller": "alternate", "alternate": "2:1"}, [1, 1, 0, 1, 1, 0, 1, 1]),
+        ({"controller": "alternate", "alternate": "0:1"}, [0, 0, 0, 0, 0, 0, 0, 0]),
+        ({"controller": "random", "sft_fraction": 0.3}, [0.3] * 8),
+        ({"controller": "cosine"}, [1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
+    ],
+    ids=str,
+)
+def test_every_rival_is_a_schedule(flags, expected):
+    controller = make_controller(Config(steps=8, **flags))
+    controller.observe_warmup(3.0)
+    controller.observe_sft(1.0)
+    assert [controller.sft_probability(t) for t in range(8)] == pytest.approx(expected, abs=1e-4)
+
+
+# ---- Advantages ------------------------------------------------------------------------------------------------------
+
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+
+
+def test_zscore_advantages_by_hand():
+    advantages = group_advantages(REWARDS, "zscore", eps=0.0)
+    third = math.sqrt(3) / 4  # std of (1, 0, 0, 0): mean 1/4, variance 3/16
+    assert advantages[0].tolist() == pytest.approx([1, -1, -1, 1])
+    assert advantages[1].tolist() == pytest.approx([0.75 / third, -0.25 / third, -0.25 / third, -0.25 / third])
+    eps = 0.5
+    assert group_advantages(REWARDS, "zscore", eps)[0].tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5])
+
+
+def test_a_group_that_agrees_has_no_advantage_and_a_group_of_one_is_no_nan():
+    for mode in ("zscore", "centered", "median"):
+        assert group_advantages(REWARDS, mode)[2].tolist() == [0, 0, 0, 0]
+        assert group_advantages(torch.tensor([[0.3], [1.0]]), mode).tolist() == [[0], [0]]
+
+
+def test_centered_and_median_advantages_by_hand():
+    assert group_advantages(REWARDS, "centered")[1].tolist() == [0.75, -0.25, -0.25, -0.25]
+    graded = torch.tensor([[0.0, 0.2, 0.9, 1.0], [0.0, 0.5, 0.5, 1.0]])
+    assert group_advantages(graded, "median").tolist() == [[-1, -1, 1, 1], [-1, 0, 0, 1]]
+
+
+def test_unknown_advantage_is_named():
+    with pytest.raises(ValueError, match="'softmax'"):
+        group_advantages(REWARDS, "softmax")
+
+
+# ---- One update for both ---------------------------------------------------------------------------------------------
+
+
+def tiny_model(seed=0, **changes):
+    shape = {
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(**(shape | changes))).double()
+
+
+def ragged_batch(count=7, **more):
+    draw = torch.Generator().manual_seed(3)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (), generator=draw))
+        return torch.randint(0, 23, (length,), generator=draw).tolist()
+
+    return Batch([ids(1, 6) for _ in range(count)], [ids(1, 12) for _ in range(count)], **more)
+
+
+def logprobs_by_hand(model, batch):
+    """Token by token and one sequence at a time, from full logits: B tensors with a graph."""
+    out = []
+    for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
+        logits = model.logits(model(torch.tensor([prompt + completion])))[0] / batch.temperature
+        logprobs = logits.log_softmax(-1)
+        out.append(torch.stack([logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(completion)]))
+    return out
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def norm(grads):
+    return torch.sqrt(sum((g**2).sum() for g in grads)).item()
+
+
+def assert_same_gradient(model, stats, loss, tolerance=1e-9):
+    expected = gradients(model, loss)
+    assert stats["loss"] == pytest.approx(loss.item(), abs=tolerance)
+    assert stats["grad_norm"] == pytest.approx(norm(expected), rel=tolerance)
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=tolerance, atol=tolerance)
+
+
+FREE = {"max_grad_norm": 0.0}  # no clipping: compare raw gradients
+
+
+def test_sft_is_the_token_mean_of_the_negative_log_likelihood():
+    model, batch = tiny_model(), ragged_batch()
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE))
+    assert_same_gradient(model, stats, -torch.cat(logprobs_by_hand(model, batch)).mean())
+
+
+def test_dft_gradient_is_minus_p_times_grad_log_p():
+    model, batch = tiny_model(), ragged_batch()
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(sft_loss="dft", **FREE))
+    logprobs = torch.cat(logprobs_by_hand(model, batch))
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    for logprob in logprobs:
+        for total, part in zip(
+            expected, torch.autograd.grad(logprob, model.parameters(), retain_graph=True), strict=True
+        ):
+            total -= logprob.exp().detach() * part / len(logprobs)
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
+    assert stats["loss"] == pytest.approx(-(logprobs.exp() * logprobs).mean().item())
+
+
+def grpo_batch(temperature=1.0):
+    batch = ragged_batch(temperature=temperature, advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
+    draw = torch.Generator().manual_seed(9)
+    current = [part.detach() for part in logprobs_by_hand(tiny_model(), batch)]
+    batch.old_logprobs = [part + 0.4 * torch.randn(part.shape, generator=draw).double() for part in current]
+    batch.ref_logprobs = [part + 0.4 * torch.randn(part.shape, generator=draw).double() for part in current]
+    return batch
+
+
+def test_grpo_is_the_clipped_objective_with_k3():
+    model, batch = tiny_model(), grpo_batch(temperature=0.8)
+    config = Config(clip_low=0.2, clip_high=0.3, kl_coef=0.1, **FREE)
+    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config)
+    total, clipped, kl = 0.0, 0, 0.0
+    parts = zip(logprobs_by_hand(model, batch), batch.old_logprobs, batch.ref_logprobs, batch.advantages, strict=True)
+    for new, old, ref, advantage in parts:
+        for lp, lp_old, lp_ref in zip(new, old, ref, strict=True):
+            ratio = (lp - lp_old).exp()
+            k3 = (lp_ref - lp).exp() - (lp_ref - lp) - 1
+            if advantage > 0:
+                gain, out = (ratio * advantage, False) if ratio <= 1.3 else (torch.tensor(1.3) * advantage, True)
+            else:
+                gain, out = (ratio * advantage, False) if ratio >= 0.8 else (torch.tensor(0.8) * advantage, True)
+            total, clipped, kl = total + gain - 0.1 * k3, clipped + out, kl + k3.item()
+    assert 0 < clipped < batch.tokens, "the case should show both kinds of token"
+    assert_same_gradient(model, stats, -total / batch.tokens, tolerance=1e-7)
+    assert stats["clip_fraction"] == pytest.approx(clipped / batch.tokens)
+    assert stats["kl"] == pytest.approx(kl / batch.tokens)
+
+
+def test_on_policy_grpo_is_the_policy_gradient():
+    model, batch = tiny_model(), ragged_batch(advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
+    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, Config(**FREE))
+    weighted = [a * part for a, part in zip(batch.advantages, logprobs_by_hand(model, batch), strict=True)]
+    expected = gradients(model, -torch.cat(weighted).sum() / batch.tokens)
+    assert stats["grad_norm"] == pytest.approx(norm(expected), rel=1e-9)
+    assert stats["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("objective", ["sft", "dft", "grpo"])
+@pytest.mark.parametrize("budget", [1, 20, 60])
+def test_the_cut_into_micro_batches_changes_nothing(objective, budget):
+    model, batch = tiny_model(), grpo_batch()
+    function = sasr.grpo_objective if objective == "grpo" else sasr.sft_objective
+    config = Config(sft_loss="dft" if objective == "dft" else "nll", kl_coef=0.1, **FREE)
+    results = []
+    for tokens in (10_000, budget):
+        stats = sasr.accumulate_gradient(
+            model, batch, function, dataclasses.replace(config, tokens_per_microbatch=tokens)
+        )
+        results.append((stats, [p.grad.clone() for p in model.parameters()]))
+    (whole, whole_grads), (cut, cut_grads) = results
+    assert cut == pytest.approx(whole, rel=1e-9)
+    torch.testing.assert_close(cut_grads, whole_grads, rtol=1e-9, atol=1e-12)
+
+
+def test_in_fp32_too_the_cut_changes_less_than_1e_5():
+    model, batch = tiny_model().float(), ragged_batch()
+    norms = []
+    for tokens in (10_000, 1):
+        config = Config(tokens_per_microbatch=tokens, **FREE)
+        norms.append(sasr.accumulate_gradient(model, batch, sasr.sft_objective, config)["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_micro_batches_keep_the_budget_and_every_sequence():
+    batch = ragged_batch(count=40)
+    lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
+    pieces = sasr.micro_batches(batch, 50, "cpu")
+    assert sorted(itertools.chain(*(piece.members for piece in pieces))) == list(range(40))
+    for piece in pieces:
+        assert piece.input_ids.numel() <= 50
+        assert piece.input_ids.shape[1] == max(lengths[i] for i in piece.members)
+        said = [token for i in piece.members for token in batch.completions[i]]
+        assert piece.targets.tolist() == said
+        assert piece.input_ids[piece.rows, piece.before + 1].tolist() == said
+
+
+def test_the_norm_is_taken_before_clipping_and_the_gradient_after():
+    model, batch = tiny_model(), ragged_batch()
+    free = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE))["grad_norm"]
+    clipped = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(max_grad_norm=free / 10))
+    assert clipped["grad_norm"] == pytest.approx(free)
+    assert norm([p.grad for p in model.parameters()]) == pytest.approx(free / 10, rel=1e-4)
+
+
+def test_an_empty_completion_adds_nothing_and_no_nan():
+    model, batch = tiny_model(), ragged_batch()
+    expected = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE))
+    batch.prompts.append([1, 2])
+    batch.completions.append([])
+    config = Config(tokens_per_microbatch=1, **FREE)
+    assert sasr.accumulate_gradient(model, batch, sasr.sft_objective, config) == pytest.approx(expected)
+
+
+def test_score_is_in_the_order_of_the_batch():
+    model, batch = tiny_model(), ragged_batch(temperature=1.5)
+    scores = sasr.score(model, batch, Config(tokens_per_microbatch=30))
+    for got, wanted in zip(scores, logprobs_by_hand(model, batch), strict=True):
+        torch.testing.assert_close(got, wanted.detach())
+
+
+# ---- Learning rate, order, alpha -------------------------------------------------------------------------------------
+
+
+def rates(**flags):
+    config = Config(warmup_steps=4, steps=8, warmup_lr=1.0, lr=0.5, **flags)
+    return [sasr.learning_rate(config, step) for step in range(1, 13)]
+
+
+def test_each_stage_has_its_rate_and_rewarms():
+    assert rates(lr_warmup_steps=2) == [0.5, 1, 1, 1, 0.25, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_cosine_falls_in_each_stage():
+    got = rates(lr_warmup_steps=0, lr_schedule="cosine")
+    assert got[:4] == pytest.approx([(1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)])
+    assert got[4:] == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 8)) for t in range(8)])
+
+
+def test_wsd_is_stable_then_falls_to_nearly_zero():
+    got = rates(lr_warmup_steps=0, lr_schedule="wsd", decay_steps=4)
+    assert got == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_a_wsd_rate_before_the_decay_does_not_depend_on_the_length_of_the_run():
+    short = Config(warmup_steps=4, steps=8, lr_schedule="wsd", decay_steps=4)
+    long = dataclasses.replace(short, steps=100)
+    assert [sasr.learning_rate(short, s) for s in range(1, 9)] == [sasr.learning_rate(long, s) for s in range(1, 9)]
+
+
+def test_shuffled_epochs_show_everything_once_each_however_it_is_cut():
+    whole = sasr.shuffled(10, 0, 30, 7, "prompts")
+    assert [sorted(whole[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
+    assert whole[:10] != whole[10:20]
+    cut = [i for start in range(0, 30, 4) for i in sasr.shuffled(10, start, min(4, 30 - start), 7, "prompts")]
+    assert cut == whole
+    assert sasr.shuffled(3, 0, 12, 7, "prompts")[:3] != [0, 1, 2] or sasr.shuffled(3, 0, 12, 8, "prompts")[:3] != [
+        0,
+        1,
+        2,
+    ]
+    assert sasr.shuffled(10, 0, 10, 7, "demonstrations") != whole[:10]
+
+
+def test_the_optimizer_is_not_moved_by_a_gradient_that_is_not_finite(tmp_path):
+    trainer = small_trainer(tmp_path)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.sft_step()
+    after = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    assert any((before[name] != after[name]).any() for name in before)
+    trainer._step_optimizer(math.nan)
+    assert all((p == after[name]).all() for name, p in trainer.model.named_parameters())
+
+
+# ---- The trainer -----------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "task": "knights-knaves:train_size=40,test_size=12",
+    "ood_task": "none",
+    "hidden_size": 16,
+    "layers": 1,
+    "heads": 1,
+    "warmup_steps": 3,
+    "steps": 4,
+    "sft_batch_size": 4,
+    "prompts_per_step": 2,
+    "group_size": 3,
+    "max_new_tokens": 6,
+    "eval_examples": 8,
+    "eval_every": 0,
+    "device": "cpu",
+}
+
+
+def small_trainer(tmp_path, **changes):
+    return sasr.Trainer(Config(**(SMALL | {"out": str(tmp_path / "run")} | changes)))
+
+
+def test_a_group_without_signal_does_not_move_the_weights(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path)
+    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: torch.ones(2, 3))
+    before = [p.clone() for p in trainer.model.parameters()]
+    record = trainer.grpo_step()
+    assert record["zero_variance_fraction"] == 1.0
+    assert record["grad_norm"] == 0.0
+    assert all((p == old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(tmp_path, monkeypatch):
+    """Two groups, one of them agreeing: its tokens must still count in the denominator."""
+    trainer = small_trainer(tmp_path, max_grad_norm=0.0)
+    rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: rewards)
+    seen = {}
+
+    def spy(completions, chosen):
+        seen["completions"], seen["chosen"] = completions, chosen
+        return rewards
+
+    monkeypatch.setattr(trainer, "_rewards", spy)
+    monkeypatch.setattr(trainer, "_step_optimizer", lambda grad_norm: None)
+    record = trainer.grpo_step()
+    prompts = [trainer.task.train_prompts[i] for i in seen["chosen"] for _ in range(3)]
+    batch = Batch(prompts, seen["completions"])
+    advantages = group_advantages(rewards).flatten()
+    weighted = [a * part.sum() for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
+    expected = gradients(trainer.model, -sum(weighted) / batch.tokens)
+    assert record["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
+
+
+def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, inner_updates=3, lr=1e-2, lr_warmup_steps=0, warmup_steps=0)
+    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: torch.tensor([[1.0, 0.0, 0.0]] * 2))
+    ratios = []
+    original = sasr.kernels.grpo_loss
+
+    def spy(logprobs, old_logprobs, *rest, **options):
+        ratios.append((logprobs - old_logprobs).detach().abs().max().item())
+        return original(logprobs, old_logprobs, *rest, **options)
+
+    monkeypatch.setattr(sasr.kernels, "grpo_loss", spy)
+    trainer.grpo_step()
+    assert len(ratios) == 3
+    assert ratios[0] < 1e-5 < ratios[1] < ratios[2]
+
+
+def test_a_probe_measures_and_does_not_step(tmp_path):
+    trainer = small_trainer(tmp_path)
+    before = [p.clone() for p in trainer.model.parameters()]
+    measured = trainer.probe()
+    assert all((p == old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
+    assert trainer.sft_step()["grad_norm"] == pytest.approx(measured)  # the batch that the next step takes
+
+
+def test_probe_every_bounds_the_age_of_the_norm(tmp_path):
+    trainer = small_trainer(tmp_path, gamma=1e6, warmup_steps=0, steps=12, probe_every=3)  # p is nearly 0
+    trainer.milestone()
+    ages = []
+    for _ in range(12):
+        ages.append(trainer.adaptive_step()["sft_norm_age"])
+        trainer.state.step += 1
+    assert ages == [0, 1, 2] * 4
+
+
+def test_without_warmup_the_yardstick_is_measured(tmp_path):
+    trainer = small_trainer(tmp_path, warmup_steps=0)
+    trainer.milestone()
+    assert trainer.controller.sft_probability() == pytest.approx(0.5)
+    assert trainer.controller.g_warmup == pytest.approx(trainer.probe())
+
+
+def test_adaptive_step_obeys_alpha_and_refreshes_the_norm_only_after_sft(tmp_path):
+    trainer = small_trainer(tmp_path, steps=30)
+    trainer.milestone()
+    for _ in range(3):
+        trainer.warmup_step()
+        trainer.state.step += 1
+    trainer.milestone()
+    kinds = set()
+    for _ in range(20):
+        g_last = trainer.controller.g_last
+        record = trainer.adaptive_step()
+        trainer.state.step += 1
+        kinds.add(record["kind"])
+        assert record["kind"] == ("sft" if record["alpha"] < record["p_sft"] else "grpo")
+        assert record["p_sft"] == pytest.approx(g_last / (g_last + trainer.controller.g_warmup))
+        assert trainer.controller.g_last == (record["grad_norm"] if record["kind"] == "sft" else g_last)
+    assert kinds == {"sft", "grpo"}
+    assert (trainer.state.sft_steps + trainer.state.grpo_steps) == 20
+
+
+@pytest.mark.parametrize(("kl_coef", "reference"), [(0.1, "warmup"), (0.1, "initial"), (0.0, "warmup")])
+def test_the_reference_policy_is_frozen_where_it_was_asked_for(tmp_path, kl_coef, reference):
+    trainer = small_trainer(tmp_path, kl_coef=kl_coef, reference=reference)
+    trainer.milestone()
+    initial = trainer.model.head.detach().clone()
+    for _ in range(3):
+        trainer.warmup_step()
+        trainer.state.step += 1
+    trainer.milestone()
+    warmed = trainer.model.head.detach().clone()
+    if not kl_coef:
+        assert trainer.reference is None
+        return
+    trainer.grpo_step()
+    assert torch.equal(trainer.reference.head, warmed if reference == "warmup" else initial)
+    assert not any(p.requires_grad for p in trainer.reference.parameters())
+
+
+def test_warming_up_on_another_task(tmp_path):
+    trainer = small_trainer(tmp_path, warmup_task="countdown:train_size=20,test_size=5")
+    assert "numbers" in trainer.tokenizer.decode(trainer.sft_batch().prompts[0])
+    trainer.state.step = 3
+    assert "numbers" not in trainer.tokenizer.decode(trainer.sft_batch().prompts[0])
+
+
+def test_examples_without_demonstration_serve_grpo_only(tmp_path):
+    task = "knights-knaves:train_size=40,test_size=12,demonstrations=5"
+    trainer = small_trainer(tmp_path, task=task)
+    assert len(trainer.task.demonstrations) == 5
+    assert len(trainer.task.train_prompts) == 40
+    trainer.grpo_step()
+    nothing = "knights-knaves:train_size=40,test_size=12,demonstrations=0"
+    with pytest.raises(ValueError, match="no example has a demonstration"):
+        small_trainer(tmp_path, task=nothing)
+    small_trainer(tmp_path, task=nothing, controller="grpo", warmup_steps=0)
+
+
+# ---- Configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"controller": "magic"}, "--controller magic"),
+        ({"steps": -1}, "--steps -1"),
+        ({"group_size": 0}, "--group-size 0"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"lr": math.inf}, "--lr inf"),
+        ({"sft_fraction": 1.5}, "--sft-fraction 1.5"),
+        ({"temperature": 0.0}, "--temperature 0"),
+        ({"alternate": "2"}, "--alternate 2"),
+        ({"alternate": "0:0"}, "--alternate 0:0"),
+        ({"hidden_size": 100, "heads": 3}, "--hidden-size 100"),
+        ({"lr_schedule": "wsd", "decay_steps": 10, "steps": 5}, "--decay-steps 10"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_named_with_its_flag(flags, named):
+    with pytest.raises(ValueError, match=named):
+        Config(**flags)
+
+
+def test_task_specs():
+    task = sasr.load_task_spec("countdown:numbers=4,train_size=5,test_size=2", "", 0)
+    assert (task.name, len(task.train), len(task.test)) == ("countdown", 5, 2)
+    with pytest.raises(ValueError, match="'peple'"):
+        sasr.load_task_spec("knights-knaves:peple=3", "", 0)
+    with pytest.raises(ValueError, match="key=value"):
+        sasr.load_task_spec("countdown:4", "", 0)
+    with pytest.raises(ValueError, match="unknown task 'sudoku'"):
+        sasr.load_task_spec("sudoku", "", 0)

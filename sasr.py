@@ -526,7 +526,7 @@ class TokenizedTask:
 
 
 def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transformer:
-    """A small Qwen3-shaped model with random weights: the same for the same seed."""
+    """A small Qwen3-shaped model with random weights: the same for the same seed. Rotary positions cost nothing."""
     shape = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=config.hidden_size,
@@ -535,7 +535,7 @@ def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transform
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
         head_dim=config.hidden_size // config.heads,
-        max_position_embeddings=context,
+        max_position_embeddings=max(context, 4096),
         tie_word_embeddings=True,
         eos_token_id=tokenizer.token_to_id(END),
     )

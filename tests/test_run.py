@@ -1,0 +1,371 @@
+"""A run's folder and life: files that are never half-written, resume that changes nothing, the command line."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import run
+import sasr
+from model import Transformer
+from run import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT.parent / "shared/data"
+
+SMALL = {
+    "task": "knights-knaves:train_size=60,test_size=16",
+    "ood_task": "knights-knaves:width=3,train_size=1,test_size=16",
+    "hidden_size": 32,
+    "layers": 1,
+    "heads": 2,
+    "warmup_steps": 4,
+    "steps": 10,
+    "sft_batch_size": 4,
+    "prompts_per_step": 2,
+    "group_size": 3,
+    "max_new_tokens": 12,
+    "eval_examples": 4,
+    "eval_every": 4,
+    "save_every": 3,
+    "kl_coef": 0.05,
+    "device": "cpu",
+}
+
+
+def flags(**changes):
+    merged = SMALL | changes
+    return [part for name, value in merged.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def config(out, **changes):
+    return sasr.Config(**(SMALL | {"out": str(out)} | changes))
+
+
+@pytest.fixture(autouse=True)
+def rewards_that_differ(monkeypatch):
+    """An untrained model solves nothing, and GRPO skips a step without signal: reward something else instead."""
+    from data import Grade, knights_knaves
+
+    monkeypatch.setattr(knights_knaves, "grade", lambda text, example: Grade(len(text) % 3 / 2, False, False))
+
+
+def lines(out):
+    """The metrics, without what a clock decides."""
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def weights(out):
+    return Transformer.from_pretrained(Path(out) / "model").state_dict()
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_the_design_promises(tmp_path):
+    summary = sasr.train(config(tmp_path / "x"))
+    assert summary == json.loads((tmp_path / "x/summary.json").read_text())
+    for stage in ("before", "warmup", "final"):
+        assert 0 <= summary[f"accuracy_{stage}"] <= 1
+        assert 0 <= summary[f"accuracy_{stage}_ood"] <= 1
+    assert summary["sft_steps"] + summary["grpo_steps"] == 10
+    assert summary["seconds"] > 0
+    records = lines(tmp_path / "x")
+    assert [r["step"] for r in records] == list(range(1, 15))
+    assert [r["phase"] for r in records] == ["warmup"] * 4 + ["adaptive"] * 10
+    everywhere = {"step", "phase", "kind", "loss", "grad_norm", "lr", "tokens"}
+    adaptive = {"p_sft", "alpha", "sft_norm", "sft_norm_age"}
+    grpo = {"reward_mean", "reward_std", "zero_variance_fraction", "completion_length", "truncated_fraction"}
+    grpo |= {"kl", "entropy", "clip_fraction"}
+    for record in records:
+        wanted = everywhere | (adaptive if record["phase"] == "adaptive" else set())
+        wanted |= grpo if record["kind"] == "grpo" else set()
+        wanted |= {"eval/accuracy", "eval/accuracy_ood"} if record["step"] in (4, 8, 12, 14) else set()
+        assert set(record) == wanted
+    assert {r["kind"] for r in records if r["phase"] == "adaptive"} == {"sft", "grpo"}
+    assert json.loads((tmp_path / "x/config.json").read_text())["group_size"] == 3
+    tokenizer = Tokenizer.from_file(str(tmp_path / "x/model/tokenizer.json"))
+    assert len(weights(tmp_path / "x")["model.embed_tokens.weight"]) == tokenizer.get_vocab_size()
+    assert not list((tmp_path / "x").glob("*.tmp"))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    sasr.train(config(tmp_path / "x", steps=0))
+    before = (tmp_path / "x/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run"):
+        sasr.train(config(tmp_path / "x"))
+    assert (tmp_path / "x/metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    folder.save_checkpoint({"w": torch.ones(2)}, {"state": 1})
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        folder.save_checkpoint({"w": torch.zeros(2)}, {"state": 2})
+    tensors, state = folder.load_checkpoint()
+    assert tensors["w"].tolist() == [1, 1]
+    assert state["state"] == 1
+
+
+def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    folder.save_checkpoint({"w": torch.ones(2)}, {})
+    os.rename(tmp_path / "checkpoint", tmp_path / "checkpoint.old")
+    assert folder.load_checkpoint()[0]["w"].tolist() == [1, 1]
+    folder.save_checkpoint({"w": torch.zeros(2)}, {})
+    assert folder.load_checkpoint()[0]["w"].tolist() == [0, 0]
+    assert not (tmp_path / "checkpoint.old").exists()
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    folder.save_checkpoint({"w": torch.ones(2)}, {})
+    (tmp_path / "checkpoint/tensors.safetensors").write_bytes(b"\0" * 5)
+    with pytest.raises(ValueError, match="checkpoint cannot be read"):
+        folder.load_checkpoint()
+
+
+def test_the_progress_line_rewrites_itself_on_a_terminal_only():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, expected in ((Terminal(), "\r"), (io.StringIO(), "\n")):
+        progress = run.Progress(stream)
+        progress.show("step 1")
+        progress.show("too soon to show")
+        assert expected in stream.getvalue()
+        assert "too soon" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (90, "1:30"), (3725, "1:02:05")])
+def test_clock(seconds, text):
+    assert run.clock(seconds) == text
+
+
+# ---- Resume ----------------------------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(monkeypatch, step):
+    """The process dies after this step is logged and before anything else happens."""
+    original = RunFolder.log
+
+    def log(self, record):
+        original(self, record)
+        if record["step"] == step:
+            raise Crash
+
+    monkeypatch.setattr(RunFolder, "log", log)
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 11])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, step):
+    sasr.train(config(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        crash_at(patch, step)
+        with pytest.raises(Crash):
+            sasr.train(config(tmp_path / "cut"))
+    folder = RunFolder(tmp_path / "cut")
+    sasr.train(sasr.Config(**folder.read_json("config.json")), resume=folder)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    saved, again = RunFolder(tmp_path / "whole").load_checkpoint()[0], folder.load_checkpoint()[0]
+    assert set(saved) == set(again)
+    assert any(name.startswith("reference.") for name in saved)
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        sasr.train(config(tmp_path / name, seed=seed))
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert lines(tmp_path / "a") != lines(tmp_path / "c")
+
+
+def test_a_decay_branch_starts_from_a_stable_checkpoint(tmp_path):
+    """A constant-rate run is branched: the same steps up to there, then a fall that ends the branch."""
+    sasr.train(config(tmp_path / "stable", lr_schedule="wsd", decay_steps=0, lr_warmup_steps=0, save_every=0))
+    before = lines(tmp_path / "stable")
+    said = {"out": str(tmp_path / "branch"), "steps": 15, "decay_steps": 5}
+    branch, folder = sasr.resumed(str(tmp_path / "stable"), said)
+    sasr.train(branch, resume=folder)
+    records = lines(tmp_path / "branch")
+    assert records[:14] == before
+    assert lines(tmp_path / "stable") == before
+    lr = branch.lr
+    assert [r["lr"] for r in records[14:]] == pytest.approx([lr, 0.8 * lr, 0.6 * lr, 0.4 * lr, 0.2 * lr])
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"group_size": 4}, "--group-size 4"),
+        ({"controller": "grpo"}, "--controller grpo"),
+        ({"steps": 2}, "--steps 2"),
+        ({"lr_schedule": "cosine"}, "--lr-schedule"),
+    ],
+    ids=str,
+)
+def test_resuming_with_flags_that_contradict_the_past_is_refused(tmp_path, said, named):
+    sasr.train(config(tmp_path / "x"))
+    with pytest.raises(ValueError, match=named):
+        sasr.resumed(str(tmp_path / "x"), said)
+
+
+def test_resuming_a_finished_run_with_more_steps_goes_on(tmp_path):
+    sasr.train(config(tmp_path / "whole", steps=12))
+    sasr.train(config(tmp_path / "x"))
+    longer, folder = sasr.resumed(str(tmp_path / "x"), {"steps": 12})
+    sasr.train(longer, resume=folder)
+
+    def training(out):
+        return [{k: v for k, v in r.items() if not k.startswith("eval/")} for r in lines(out)]
+
+    assert training(tmp_path / "x") == training(tmp_path / "whole")
+
+
+def test_a_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, monkeypatch):
+    sasr.train(config(tmp_path / "whole"))
+    original = RunFolder.log
+
+    def log(self, record):
+        original(self, record)
+        if record["step"] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", log)
+        with pytest.raises(run.Stopped) as stopped:
+            sasr.train(config(tmp_path / "x"))
+    assert stopped.value.signal == signal.SIGTERM
+    assert len(lines(tmp_path / "x")) == 7
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    again, folder = sasr.resumed(str(tmp_path / "x"), {})
+    sasr.train(again, resume=folder)
+    assert lines(tmp_path / "x") == lines(tmp_path / "whole")
+
+
+# ---- The command line, as a person meets it --------------------------------------------------------------------------
+
+
+def command(*arguments, cwd=ROOT):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, str(ROOT / "sasr.py"), *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_train_evaluate_and_resume_from_the_command_line(tmp_path):
+    done = command(*flags(out=tmp_path / "x"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"in domain +\d+\.\d% +\d+\.\d% +\d+\.\d%", done.stdout)
+    assert re.search(r"out of domain +\d+\.\d%", done.stdout)
+    assert f"written to {tmp_path / 'x'}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
+    evaluated = command("--eval-only", "--model", tmp_path / "x/model", "--task", SMALL["task"], "--device", "cpu")
+    assert evaluated.returncode == 0, evaluated.stderr
+    final = json.loads((tmp_path / "x/summary.json").read_text())["accuracy_final"]
+    assert re.search(rf"accuracy +{final:.1%}", evaluated.stdout)
+    again = command("--resume", tmp_path / "x", "--steps", "12")
+    assert again.returncode == 0, again.stderr
+    assert len(lines(tmp_path / "x")) == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--group-size", "0"], "--group-size 0: must be 1 or more"),
+        (["--task", "sudoku"], "unknown task 'sudoku'"),
+        (["--task", "knights-knaves:people=1"], "people"),
+        (["--data", "no/such/folder"], "no/such/folder/train.jsonl: no such file"),
+        (["--model", "no/such/model"], "no/such/model/config.json: no such file"),
+        (["--resume", "no/such/run"], "no/such/run/config.json: no such file"),
+        (["--device", "abacus"], "--device abacus: not available here"),
+        (["--eval-only"], "--eval-only needs --model"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sasr.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("sasr.py: ")
+    assert said in captured.err
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_help_explains_every_flag_with_its_default(capsys):
+    with contextlib.suppress(SystemExit):
+        sasr.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for spec in sasr.dataclasses.fields(sasr.Config):
+        assert sasr.flag_name(spec) in text
+        assert f"(default {spec.default!r})" in text
+
+
+def test_importing_the_algorithm_has_no_side_effect(tmp_path):
+    code = "import torch as t; a = t.get_rng_state(); import sasr; assert t.equal(a, t.get_rng_state())"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Published records -----------------------------------------------------------------------------------------------
+
+KK = {
+    "quiz": 'You meet 2 inhabitants: Zoey, and Ethan. Zoey said, "Ethan is a knave". Ethan said, "Zoey is a knave".',
+    "names": ["Zoey", "Ethan"],
+    "solution": [True, False],
+    "solution_text_format": "(1) Zoey is a knight\n(2) Ethan is a knave",
+    "cot_head": "Let's think step by step.",
+    "cot_repeat_steps": ["Assume Zoey is a knight.", "Ethan must be a knave."],
+    "cot_foot": "This leads to a feasible solution.",
+}
+COUNTDOWN = {"numbers": [4, 9, 35], "target": 22, "answer": "9 + 4 = 13\n35 - 13 = 22\n<answer> 35 - (9 + 4) </answer>"}
+FEW = {"warmup_steps": 2, "steps": 3, "ood_task": "none", "eval_every": 0, "max_new_tokens": 20}
+
+
+def run_on(data, task, out):
+    done = command(*flags(task=task, data=data, out=out, **FEW))
+    assert done.returncode == 0, done.stderr
+    assert len(lines(out)) == 5
+    assert "out of domain" in done.stdout
+
+
+@pytest.mark.parametrize(("task", "record"), [("knights-knaves", KK), ("countdown", COUNTDOWN)])
+def test_the_main_job_runs_on_records_from_a_folder(tmp_path, task, record):
+    for split, count in (("train", 5), ("test", 4)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(count)))
+    run_on(tmp_path, task, tmp_path / "x")
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(("task", "folder"), [("knights-knaves", "knights_knaves/people3"), ("countdown", "countdown")])
+def test_the_main_job_runs_on_the_published_records(tmp_path, task, folder):
+    if not (PUBLISHED / folder).is_dir():
+        pytest.skip(f"{PUBLISHED / folder} is not here")
+    run_on(PUBLISHED / folder, task, tmp_path / "x")

@@ -147,7 +147,9 @@ class Config:
     beta1: float = option(0.9, "AdamW's decay of the mean", low=0)
     beta2: float = option(0.98, "AdamW's decay of the square", low=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this L2 norm; 0: never", low=0)
-    tokens_per_microbatch: int = option(16384, "tokens, padding included, that go through the model at once", low=1)
+    tokens_per_microbatch: int = option(
+        0, "tokens, padding included, that go through the model at once; 0: 2048 on a CPU, 16384 on CUDA", low=0
+    )
     # --- evaluation and files
     eval_every: int = option(100, "steps between evaluations; 0: only before, between and after the stages", low=0)
     eval_examples: int = option(512, "test examples an evaluation, decoded greedily", low=1)
@@ -344,8 +346,9 @@ class MicroBatch:
     targets: Tensor  # [N] the token itself
 
 
-def micro_batches(batch: Batch, most_tokens: int, device) -> list[MicroBatch]:
-    """Cut a batch into pieces of at most `most_tokens` (padding included), like lengths together."""
+def micro_batches(batch: Batch, most_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """Cut a batch into pieces of at most `most_tokens` (padding included; 0: by device), like lengths together."""
+    most_tokens = most_tokens or (2048 if device.type == "cpu" else 16384)
     lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
     pieces: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -847,10 +850,10 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
     interrupt (first SIGINT or SIGTERM) ends the step, saves, and raises `run.Stopped`.
     """
     trainer = Trainer(config)
-    folder = resume or RunFolder(config.out)
+    folder = resume or RunFolder(config.out or default_out(config))
     checkpoint = folder.load_checkpoint() if resume else None
     if resume is None:
-        folder.create(dataclasses.asdict(config))
+        folder.create(dataclasses.asdict(config) | {"out": str(folder.path)})
     if checkpoint:
         trainer.restore(*checkpoint)
         folder.rewind_metrics(checkpoint[1]["metrics_bytes"])
@@ -891,10 +894,18 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
         "grpo_steps": state.grpo_steps,
         "seconds": sum(state.seconds.values()),
         **{f"seconds_{kind}": value for kind, value in state.seconds.items()},
+        "out": str(folder.path),
         **provenance(trainer.device),
     }
     folder.write_json("summary.json", summary)
     return summary
+
+
+def default_out(config: Config) -> str:
+    """runs/CONTROLLER-TASK-SEED, with a number behind it if that is taken."""
+    base = f"runs/{config.controller}-{config.task.partition(':')[0]}-{config.seed}"
+    names = [base] + [f"{base}-{n}" for n in range(2, 10_000)]
+    return next(name for name in names if not Path(name).exists())
 
 
 # ============================================================================= what the person sees
@@ -925,7 +936,7 @@ def progress_line(config: Config, state: State, record: dict) -> str:
     )
 
 
-def closing_table(summary: dict, out: str) -> str:
+def closing_table(summary: dict) -> str:
     """Accuracies and costs of a finished run."""
 
     def percent(key: str) -> str:
@@ -940,7 +951,7 @@ def closing_table(summary: dict, out: str) -> str:
     lines.append(f"{'steps':24}" + "".join(f"{n:10}" for n in steps) + f"{'':10}{sum(steps):10}")
     seconds = [summary[f"seconds_{kind}"] for kind in ("warmup", "sft", "grpo", "eval")]
     lines.append(f"{'seconds':24}" + "".join(f"{s:10.1f}" for s in [*seconds, summary["seconds"]]))
-    return "\n".join([*lines, "", f"written to {out}"])
+    return "\n".join([*lines, "", f"written to {summary['out']}"])
 
 
 # ============================================================================= command line
@@ -991,13 +1002,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def default_out(config: Config) -> str:
-    """runs/CONTROLLER-TASK-SEED, with a number behind it if that is taken."""
-    base = f"runs/{config.controller}-{config.task.partition(':')[0]}-{config.seed}"
-    names = [base] + [f"{base}-{n}" for n in range(2, 10_000)]
-    return next(name for name in names if not Path(name).exists())
-
-
 def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
     """Configuration and folder of a run that goes on, in its own folder or in a branch (`--out`).
 
@@ -1043,8 +1047,7 @@ def main(argv: list[str] | None = None) -> int:
             config, folder = resumed(resume, said)
         else:
             config, folder = Config(**said), None
-            config = dataclasses.replace(config, out=config.out or default_out(config))
-        print(closing_table(train(config, resume=folder), config.out))
+        print(closing_table(train(config, resume=folder)))
         return 0
     except (ValueError, OSError) as error:
         print(f"sasr.py: {error}", file=sys.stderr)

@@ -179,7 +179,9 @@ def test_ragged_prefill_then_one_token_a_step_equals_their_full_forward(family):
     expected = [logits_of(theirs, row[None])[0] for row in rows]
 
     cache = KVCache(ours.config, 4, max(lengths) + steps, dtype=torch.float32, device="cpu")
-    prompts = torch.stack([F.pad(row[:n], (0, max(lengths) - n), value=7) for row, n in zip(rows, lengths, strict=True)])
+    prompts = torch.stack(
+        [F.pad(row[:n], (0, max(lengths) - n), value=7) for row, n in zip(rows, lengths, strict=True)]
+    )
     logits = ours.logits(ours(prompts, cache=cache))
     for row, n in enumerate(lengths):
         assert_close(logits[row, :n], expected[row][:n])
@@ -275,7 +277,7 @@ def test_cache_slots_that_nobody_wrote_are_never_felt(unwritten_memory_is_nan):
 def test_gradient_checkpointing_changes_memory_and_not_the_gradients():
     model, input_ids = random_model("qwen2"), random_ids(2, 10)
     calls = []
-    model.model["layers"][0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.model["layers"][0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def loss_and_gradients():
         model.zero_grad()

@@ -287,7 +287,7 @@ def test_in_fp32_too_the_cut_changes_less_than_1e_5():
 def test_micro_batches_keep_the_budget_and_every_sequence():
     batch = ragged_batch(count=40)
     lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
-    pieces = sasr.micro_batches(batch, 50, "cpu")
+    pieces = sasr.micro_batches(batch, 50, torch.device("cpu"))
     assert sorted(itertools.chain(*(piece.members for piece in pieces))) == list(range(40))
     for piece in pieces:
         assert piece.input_ids.numel() <= 50

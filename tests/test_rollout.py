@@ -1,0 +1,522 @@
+"""The sampler: greedy against `transformers.generate`, draws against the model's own distribution, and its promises.
+
+What a log-prob should be is worked out here a second time, in fp64 and by a plain loop over the sorted vocabulary,
+from a full forward without a cache.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import rollout
+from data.tokenizer import train_tokenizer
+from model import ModelConfig, Transformer
+from rollout import Rollout, SamplingParams, generate, token_distribution
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+PROMPTS = [[5, 7, 9, 11, 13, 15, 17], [3], [8, 1, 8, 2, 8], [40, 41], [0, 0, 59]]
+
+
+def random_model(family: str = "qwen3", *, scale: float = 0.25, seed: int = 0, **config) -> Transformer:
+    """Every parameter random. A larger scale gives more peaked distributions."""
+    model = Transformer(ModelConfig.from_dict({"model_type": family} | SHAPE | config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, scale, generator=generator)
+    return model
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def greedy(max_new_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
+    return SamplingParams(max_new_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
+
+
+@pytest.fixture
+def batch_sizes(monkeypatch) -> list[int]:
+    """The number of rows of each forward: what tells whether ended rows have left."""
+    sizes, forward = [], Transformer.forward
+
+    def spy(self, input_ids, *args, **kwargs):
+        sizes.append(len(input_ids))
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    return sizes
+
+
+# ----------------------------------------------------------------------------- greedy, against transformers
+
+
+def their_greedy(path: Path, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list[list[int]]:
+    """transformers' generate on prompts padded on the left; each completion up to its first stop token, kept."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    longest = max(map(len, prompts))
+    config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=0
+    )
+    output = theirs.generate(
+        input_ids=torch.tensor([[0] * (longest - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+        generation_config=config,
+    )
+    completions = output[:, longest:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in completions]
+    return [row[:end] for row, end in zip(completions, ends, strict=True)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_greedy_equals_transformers_generate(family, tmp_path):
+    model = random_model(family)
+    model.save_pretrained(tmp_path)
+    longest = 14
+    free = generate(model, PROMPTS, greedy(longest))
+    assert free.completions == their_greedy(tmp_path, PROMPTS, longest, [])
+    assert free.finished == [False] * len(PROMPTS)
+    assert len({tuple(row) for row in free.completions}) == len(PROMPTS)
+
+    # Two end tokens that some rows meet and others do not, at different steps.
+    stops = (free.completions[0][2], free.completions[2][7])
+    ended = generate(model, PROMPTS, greedy(longest, stops))
+    assert ended.completions == their_greedy(tmp_path, PROMPTS, longest, list(stops))
+    assert ended.finished == [row[-1] in stops for row in ended.completions]
+    assert len({len(row) for row in ended.completions}) > 1
+
+
+def test_greedy_tokens_have_log_prob_zero():
+    result = generate(random_model(), PROMPTS[:2], greedy(4))
+    assert result.logprobs == [[0.0] * 4] * 2
+
+
+# ----------------------------------------------------------------------------- where completions end
+
+
+def first_stop(row: list[int], stops: tuple[int, ...]) -> int:
+    return next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+
+
+def test_rows_that_end_leave_the_batch_without_changing_the_others(batch_sizes):
+    model = random_model(seed=3)
+    prompts = [[i, 2 * i, 7] for i in range(16)]
+    free = generate(model, prompts, greedy(24))
+    assert batch_sizes == [16] * 24
+    batch_sizes.clear()
+    stops, left = (), free.completions  # end tokens that leave a few rows running to the end
+    while len(left) > 6:
+        stops += (next(t for t in left[0][1:] if 0 < sum(t not in row for row in left) < len(left)),)
+        left = [row for row in left if stops[-1] not in row]
+    ended = generate(model, prompts, greedy(24, stops))
+    assert ended.completions == [row[: first_stop(row, stops)] for row in free.completions]
+    assert ended.finished == [any(token in stops for token in row) for row in free.completions]
+    assert set(ended.finished) == {True, False}
+    assert batch_sizes[0] == 16
+    assert batch_sizes[-1] <= 8  # at least half have left
+
+
+def test_the_stop_token_is_kept_and_nothing_follows_it():
+    stops = (4, 9, 17, 30, 31)
+    params = SamplingParams(12, stop_token_ids=stops)
+    result = generate(random_model(), PROMPTS, params, group_size=40, generator=seeded(0))
+    for row, logprobs, finished in zip(result.completions, result.logprobs, result.finished, strict=True):
+        assert len(logprobs) == len(row)
+        assert not any(token in stops for token in row[:-1])
+        assert finished == (row[-1] in stops)
+        assert finished or len(row) == 12
+    lengths = {len(row) for row in result.completions}
+    assert {1, 12} <= lengths  # stops at the very first token, and rows that were cut off
+
+
+def test_a_stop_token_drawn_at_the_last_step_counts_as_finished():
+    model = random_model()
+    free = generate(model, PROMPTS[:1], greedy(6))
+    row = free.completions[0]
+    last = next(i for i in range(5, -1, -1) if row[i] not in row[:i])  # the latest token that is new
+    result = generate(model, PROMPTS[:1], greedy(last + 1, (row[last],)))
+    assert result.completions == [row[: last + 1]]
+    assert result.finished == [True]
+
+
+def test_when_all_rows_have_ended_no_more_steps_are_taken(batch_sizes):
+    model = random_model()
+    everything = tuple(range(SHAPE["vocab_size"]))
+    result = generate(model, PROMPTS, SamplingParams(40, stop_token_ids=everything), generator=seeded(0))
+    assert [len(row) for row in result.completions] == [1] * len(PROMPTS)
+    assert all(result.finished)
+    assert len(batch_sizes) < 8
+
+
+def test_one_new_token_needs_the_prefill_alone(batch_sizes):
+    model = random_model()
+    result = generate(model, PROMPTS, greedy(1))
+    for prompt, row in zip(PROMPTS, result.completions, strict=True):
+        assert row == [model.logits(model(torch.tensor([prompt])))[0, -1].argmax().item()]
+    assert batch_sizes[0] == len(PROMPTS)
+    assert len(batch_sizes) == 1 + len(PROMPTS)  # the others are this test's own
+
+
+def test_groups_come_prompt_major():
+    model = random_model()
+    single = generate(model, PROMPTS, greedy(5))
+    grouped = generate(model, PROMPTS, greedy(5), group_size=3)
+    assert grouped.completions == [row for row in single.completions for _ in range(3)]
+    assert len(grouped.logprobs) == len(grouped.finished) == 3 * len(PROMPTS)
+
+
+def test_no_prompts_give_an_empty_rollout():
+    assert generate(random_model(), [], greedy(5)) == Rollout([], [], [])
+
+
+# ----------------------------------------------------------------------------- log-probs
+
+
+def brute_force(logits: torch.Tensor, params: SamplingParams) -> list[float]:
+    """Probabilities of one row of logits [V]: temperature, then top-k, then top-p of what is left. A plain loop."""
+    scaled = [value / params.temperature for value in logits.double().tolist()]
+    peak = max(scaled)
+    weights = [math.exp(value - peak) for value in scaled]
+    likeliest = sorted(range(len(weights)), key=lambda token: -weights[token])
+    kept = likeliest[: params.top_k] if params.top_k else likeliest
+    total, mass, nucleus = sum(weights[token] for token in kept), 0.0, []
+    for token in kept:
+        nucleus.append(token)
+        mass += weights[token] / total
+        if mass >= params.top_p:
+            break
+    total = sum(weights[token] for token in nucleus)
+    return [weights[token] / total if token in nucleus else 0.0 for token in range(len(weights))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.3},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_log_probs_are_those_of_the_distribution_drawn_from(options, batch_sizes):
+    model = random_model(seed=1)
+    params = SamplingParams(14, stop_token_ids=tuple(range(12)), **options)
+    result = generate(model, PROMPTS, params, group_size=8, generator=seeded(7))
+    assert batch_sizes[-1] < batch_sizes[1]  # rows have left, and the log-probs are right all the same
+    for index, (row, logprobs) in enumerate(zip(result.completions, result.logprobs, strict=True)):
+        prompt = PROMPTS[index // 8]
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([prompt + row])))[0, len(prompt) - 1 : -1]  # [T, V]
+        expected = [math.log(brute_force(step, params)[token]) for step, token in zip(logits, row, strict=True)]
+        assert logprobs == pytest.approx(expected, abs=1e-4)
+        if not params.top_k and params.top_p == 1:
+            score = (logits / params.temperature).log_softmax(-1)
+            assert logprobs == pytest.approx(score.gather(-1, torch.tensor(row)[:, None])[:, 0].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 60, 1000])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_token_distribution_equals_brute_force(temperature, top_k, top_p):
+    params = SamplingParams(1, temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = 3 * torch.randn(6, 60, generator=seeded(0), dtype=torch.float64)
+    expected = torch.tensor([brute_force(row, params) for row in logits], dtype=torch.float64)
+    torch.testing.assert_close(token_distribution(logits, params).exp(), expected, atol=1e-9, rtol=0)
+
+
+def kept(logits: list[float], **options) -> list[float]:
+    """Probabilities by token_distribution, for the cases worked by hand."""
+    return token_distribution(torch.tensor([logits]), SamplingParams(1, **options)).exp()[0].tolist()
+
+
+HALVES = [math.log(8), math.log(4), math.log(2), math.log(2)]  # 1/2, 1/4, 1/8, 1/8
+
+
+def test_top_k_by_hand():
+    assert kept(HALVES, top_k=1) == pytest.approx([1, 0, 0, 0])
+    assert kept(HALVES, top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert kept(HALVES, top_k=4) == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+
+
+def test_top_k_keeps_all_tokens_that_tie_with_the_last_one():
+    assert kept([1.0, 3.0, 1.0, 0.0, 1.0], top_k=2)[3] == 0.0
+    assert kept([1.0, 1.0, 0.0, 1.0], top_k=2) == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
+    assert kept(HALVES, top_k=3) == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+
+
+def test_top_p_by_hand():
+    assert kept(HALVES, top_p=0.4) == pytest.approx([1, 0, 0, 0])
+    assert kept(HALVES, top_p=0.6) == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert kept(HALVES, top_p=0.9) == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+
+
+def test_top_p_keeps_the_likeliest_token_however_small_p_is():
+    assert kept(HALVES, top_p=1e-9) == pytest.approx([1, 0, 0, 0])
+    assert kept([0.0] * 4, top_p=1e-9).count(1.0) == 1
+
+
+def test_top_p_stops_at_the_token_that_reaches_p_exactly():
+    """Equal logits make probabilities of exactly 1/4, so the sums are exact too."""
+    even = [0.0] * 4
+    assert sorted(kept(even, top_p=0.25)) == [0, 0, 0, 1]
+    assert sorted(kept(even, top_p=0.5)) == pytest.approx([0, 0, 1 / 2, 1 / 2])
+    assert sorted(kept(even, top_p=0.5001)) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+    assert sorted(kept(even, top_p=1.0)) == [1 / 4] * 4
+
+
+def test_top_p_is_taken_of_what_top_k_left_at_the_temperature_given():
+    # Of 2/3 and 1/3, two thirds reach 0.6; of 1/2 and 1/4 they would not.
+    assert kept(HALVES, top_k=2, top_p=0.6) == pytest.approx([1, 0, 0, 0])
+    # Temperature 1/2 squares: 64, 16, 4, 4 of 88, and 64/88 = 0.727 reaches 0.7.
+    assert kept(HALVES, temperature=0.5, top_p=0.7) == pytest.approx([1, 0, 0, 0])
+
+
+def test_temperature_zero_puts_all_mass_on_the_first_of_the_best():
+    assert kept([0.0, 2.0, 2.0, 1.0], temperature=0.0) == [0, 1, 0, 0]
+
+
+def test_the_logits_given_are_not_changed():
+    logits = torch.randn(2, 9, generator=seeded(0))
+    copy = logits.clone()
+    token_distribution(logits, SamplingParams(1, temperature=0.5, top_k=3, top_p=0.5))
+    token_distribution(logits, greedy(1))
+    assert torch.equal(logits, copy)
+
+
+# ----------------------------------------------------------------------------- frequencies
+
+DRAWS = 20_000
+UNLIKELY = 70.0  # with at most 11 degrees of freedom the chance of a larger chi-square is about 1e-10
+
+
+def chi_square(counts: list[int], probs: list[float]) -> float:
+    """Pearson's statistic. Cells that expect fewer than 5 are pooled; a draw of probability 0 is infinitely far off."""
+    total, statistic, pooled_count, pooled_expected = sum(counts), 0.0, 0, 0.0
+    for count, prob in zip(counts, probs, strict=True):
+        expected = total * prob
+        if expected == 0 and count:
+            return math.inf
+        if expected < 5:
+            pooled_count, pooled_expected = pooled_count + count, pooled_expected + expected
+        else:
+            statistic += (count - expected) ** 2 / expected
+    return statistic + ((pooled_count - pooled_expected) ** 2 / max(pooled_expected, 5) if pooled_expected else 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6}, {"temperature": 1.5}, {"top_k": 4}, {"top_p": 0.7}], ids=str
+)
+def test_tokens_are_drawn_as_often_as_the_model_says(options):
+    """First tokens, and second tokens given the first, of 20,000 completions of one prompt."""
+    vocab, prompt = 12, [3, 1, 4]
+    shape = {"vocab_size": vocab, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    model = random_model(seed=2, scale=0.2, **shape)
+    params = SamplingParams(2, **options)
+    result = generate(model, [prompt], params, group_size=DRAWS, generator=seeded(11))
+
+    @torch.no_grad()
+    def logits_after(*tokens: int) -> torch.Tensor:
+        return model.logits(model(torch.tensor([[*prompt, *tokens]])))[0, -1]
+
+    counts = [[0] * vocab for _ in range(vocab)]  # of second tokens, by first token
+    for first, second in result.completions:
+        counts[first][second] += 1
+    firsts = [sum(row) for row in counts]
+    assert sum(firsts) == DRAWS
+    assert chi_square(firsts, brute_force(logits_after(), params)) < UNLIKELY
+    if options:  # the plain softmax is told apart from what was asked for
+        assert chi_square(firsts, brute_force(logits_after(), SamplingParams(2))) > 5 * UNLIKELY
+    frequent = [token for token in range(vocab) if firsts[token] >= 500]
+    assert len(frequent) >= 3
+    for first in frequent:
+        assert chi_square(counts[first], brute_force(logits_after(first), params)) < UNLIKELY
+    # and the second token does depend on the first
+    assert max(chi_square(counts[first], brute_force(logits_after(), params)) for first in frequent) > 5 * UNLIKELY
+
+
+def test_equal_seeds_give_equal_rollouts_and_other_seeds_do_not():
+    model, params = random_model(), SamplingParams(8, stop_token_ids=(4, 5))
+    first = generate(model, PROMPTS, params, group_size=3, generator=seeded(1))
+    assert generate(model, PROMPTS, params, group_size=3, generator=seeded(1)) == first
+    assert generate(model, PROMPTS, params, group_size=3, generator=seeded(2)).completions != first.completions
+    assert len({tuple(row) for row in first.completions[:3]}) > 1  # the rows of a group are drawn one by one
+
+
+def test_only_the_generator_given_is_drawn_from():
+    model, state = random_model(), torch.get_rng_state()
+    generate(model, PROMPTS, SamplingParams(3), generator=seeded(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sampling_leaves_no_gradient_behind_and_the_model_unchanged():
+    model = random_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    generate(model, PROMPTS, SamplingParams(3), generator=seeded(1))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_bf16_model_samples_with_fp32_log_probs():
+    model = random_model().bfloat16()
+    result = generate(model, PROMPTS, SamplingParams(4), group_size=2, generator=seeded(0))
+    for index, (row, logprobs) in enumerate(zip(result.completions, result.logprobs, strict=True)):
+        prompt = PROMPTS[index // 2]
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([prompt + row])))[0, len(prompt) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(row)[:, None])[:, 0]
+        assert logprobs == pytest.approx(expected.tolist(), abs=0.15)  # bf16 sums in another order
+    assert any(value != torch.tensor(value).bfloat16().item() for row in result.logprobs for value in row)
+
+
+# ----------------------------------------------------------------------------- errors
+
+
+def test_an_empty_prompt_is_named_by_its_number():
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(random_model(), [[1], [], [2]], greedy(2))
+
+
+def test_a_prompt_that_does_not_fit_is_named_with_the_numbers():
+    model = random_model()
+    fits = [[1] * 60]
+    assert len(generate(model, fits, greedy(4)).completions[0]) == 4
+    with pytest.raises(ValueError, match=r"prompt 1 has 61 tokens; with max_new_tokens=4 .* 64"):
+        generate(model, [*fits, [1] * 61], greedy(4))
+
+
+@pytest.mark.parametrize("group_size", [0, -1])
+def test_a_group_of_no_rows_is_an_error(group_size):
+    with pytest.raises(ValueError, match=f"group_size.*{group_size}"):
+        generate(random_model(), PROMPTS, greedy(2), group_size=group_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -3),
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+    ],
+)
+def test_a_bad_sampling_parameter_is_named_with_its_value(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must .*{value}"):
+        SamplingParams(**({"max_new_tokens": 1} | {name: value}))
+
+
+# ----------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(["the cat sat on the mat", "the dog sat on the log"], 280)
+    tokenizer.save(str(path / "tokenizer.json"))
+    random_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=0).save_pretrained(path)
+    return path
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "rollout.py", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONUTF8": "1"},
+        check=False,
+    )
+
+
+def test_the_command_line_prints_the_completions(checkpoint):
+    done = command_line(
+        *("--model", str(checkpoint), "--prompt", "the cat", "--samples", "2", "--max-new-tokens", "6"),
+        *("--temperature", "0", "--device", "cpu"),
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = rollout.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    expected = generate(
+        Transformer.from_pretrained(checkpoint), [tokenizer.encode("the cat").ids], greedy(6, (0,))
+    ).completions[0]
+    assert done.stdout.count(tokenizer.decode(expected)) == 2
+    assert done.stdout.count(f"--- {len(expected)} tokens, log-prob 0.00, ") == 2
+
+
+def test_the_command_line_says_in_one_line_that_the_directory_is_missing(tmp_path):
+    missing = tmp_path / "nowhere"
+    done = command_line("--model", str(missing), "--prompt", "x", "--device", "cpu")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("rollout.py: ")
+    assert str(missing) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--max-new-tokens", "500"], "context of 64"),
+        (["--top-p", "2"], "top_p"),
+        (["--samples", "0"], "samples|group.size"),
+        (["--prompt", ""], "empty"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_bad_argument_ends_in_one_line_and_exit_code_2(arguments, says, checkpoint, capsys):
+    usual = ["--model", str(checkpoint), "--device", "cpu", "--prompt", "the", "--max-new-tokens", "4"]
+    assert rollout.main(usual) == 0
+    capsys.readouterr()
+    assert rollout.main([*usual, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(says, error)
+
+
+def test_a_missing_or_broken_tokenizer_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
+    random_model().save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--device", "cpu", "--prompt", "the"]
+    assert rollout.main(arguments) == 2
+    (tmp_path / "tokenizer.json").write_text("garbage")
+    assert rollout.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("tokenizer.json" in line for line in lines)
+
+
+def test_the_command_line_draws_by_its_seed(checkpoint, capsys):
+    def output(seed: str) -> str:
+        arguments = ["--model", str(checkpoint), "--device", "cpu", "--prompt", "the", "--max-new-tokens", "20"]
+        assert rollout.main([*arguments, "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    assert output("1") == output("1") != output("2")

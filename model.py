@@ -85,6 +85,8 @@ class ModelConfig:
 
         Raises ValueError naming the key that is missing or that asks for something not implemented here.
         """
+        if not isinstance(config_json, dict):
+            raise ValueError(f"config: a JSON object is needed, not {type(config_json).__name__}")
         raw = dict(config_json)
         for key, only in FIXED_KEYS.items():
             if raw.get(key, only) not in (only, None):
@@ -95,6 +97,8 @@ class ModelConfig:
         if rope is not None:
             rope = dict(rope)
             raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta") or cls.rope_theta)
+            if rope.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+                raise ValueError("config: partial_rotary_factor in rope_parameters is not supported, only 1.0")
             kind = rope.setdefault("rope_type", rope.pop("type", "default"))
             raw["rope_scaling"] = None if kind == "default" else rope
         try:
@@ -369,14 +373,15 @@ class Transformer(nn.Module):
                 continue
             if name == "lm_head.weight" and config.tie_word_embeddings:  # some tied exports store it twice
                 name = "model.embed_tokens.weight"
-                if name in state and not torch.equal(state[name], tensor.to(device, dtype)):
-                    raise ValueError(f"{file}: lm_head.weight differs from the embedding that it should be tied to")
             if name not in expected:
                 raise ValueError(f"{file}: surplus tensor {name}, which a {config.model_type} model does not have")
             if tensor.shape != expected[name]:
                 found, wanted = list(tensor.shape), list(expected[name])
                 raise ValueError(f"{file}: tensor {name} has shape {found}, but config.json asks for {wanted}")
-            state[name] = tensor.to(device, dtype)
+            tensor = tensor.to(device, dtype)
+            if name in state and not torch.equal(state[name], tensor):  # a tied model's two, in either order
+                raise ValueError(f"{file}: lm_head.weight differs from the embedding that it should be tied to")
+            state[name] = tensor
         missing = [name for name in expected if name not in state]
         if missing:
             raise ValueError(f"{path}: {len(missing)} missing tensor(s), the first is {missing[0]}")
@@ -411,7 +416,10 @@ def read_tensors(path: Path):
     if (path / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not an index with a weight_map of file names ({error!r})") from None
     else:
         raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
     for name in names:

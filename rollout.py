@@ -110,6 +110,8 @@ def generate(
 
     Raises ValueError naming the prompt that is empty, or too long for the model's context.
     """
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, not {group_size}")
     if not prompts:
         return Rollout([], [], [])
     for index, prompt in enumerate(prompts):
@@ -161,6 +163,25 @@ def generate(
     )
 
 
+def load_pretrained(path: str | Path, device="cpu") -> tuple[Transformer, Tokenizer, tuple[int, ...]]:
+    """A checkpoint directory's model, its tokenizer, and the tokens that end a completion.
+
+    Raises ValueError naming the file that is absent or wrong.
+    """
+    model = Transformer.from_pretrained(path, device=device)
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    stops = model.config.eos_token_id
+    if stops is None:
+        raise ValueError(f"{Path(path) / 'config.json'}: eos_token_id is missing; completions need an end")
+    return model, tokenizer, tuple(stops) if isinstance(stops, list) else (stops,)
+
+
 # ----------------------------------------------------------------------------- command line
 
 
@@ -177,13 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        model = Transformer.from_pretrained(args.model, device=args.device)
-        file = Path(args.model) / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights")
-        tokenizer = Tokenizer.from_file(str(file))
-        eos = model.config.eos_token_id
-        stops = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        model, tokenizer, stops = load_pretrained(args.model, args.device)
         params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, stops)
         prompt = tokenizer.encode(args.prompt if args.prompt is not None else sys.stdin.read()).ids
         generator = torch.Generator(args.device).manual_seed(args.seed)

@@ -63,7 +63,7 @@ import kernels
 from data import Task, load_task
 from data.tokenizer import END, train_tokenizer
 from model import ModelConfig, Transformer
-from rollout import Rollout, SamplingParams, generate
+from rollout import Rollout, SamplingParams, generate, load_pretrained
 from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
 # ============================================================================= configuration
@@ -547,16 +547,6 @@ def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transform
         return Transformer(shape)
 
 
-def load_pretrained(path: str) -> tuple[Transformer, Tokenizer]:
-    file = Path(path) / "tokenizer.json"
-    model = Transformer.from_pretrained(path)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights")
-    if model.config.eos_token_id is None:
-        raise ValueError(f"{path}/config.json: eos_token_id is missing; completions need an end")
-    return model, Tokenizer.from_file(str(file))
-
-
 def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -607,9 +597,7 @@ class Trainer:
         self.device = resolve_device(config.device)
         tasks = task, warmup_task, _ = load_tasks(config)
         if config.model:
-            model, self.tokenizer = load_pretrained(config.model)
-            eos = model.config.eos_token_id
-            self.stop_token_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+            model, self.tokenizer, self.stop_token_ids = load_pretrained(config.model)
         else:
             examples = task.train + warmup_task.train
             texts = (text for e in examples for text in (e.prompt, e.demonstration or e.answer))

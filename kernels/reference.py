@@ -72,21 +72,24 @@ def grpo_loss(
     micro-batches add up. A token counts as clipped when it gets no gradient: its ratio has left the interval
     on the side that the advantage pushes to.
     """
-    mask = mask.to(logprobs.dtype)
+    keep = mask > 0
+    # A masked token may hold anything. It is emptied before the arithmetic: a where() after it would mend the
+    # loss only, since backward multiplies that where()'s 0 with the inf of exp().
+    logprobs, old_logprobs, advantages = (torch.where(keep, t, 0.0) for t in (logprobs, old_logprobs, advantages))
+    mask = torch.where(keep, mask, 0).to(logprobs.dtype)
     ratio = torch.exp(logprobs - old_logprobs)
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     k3 = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        log_ratio = ref_logprobs - logprobs
+        log_ratio = torch.where(keep, ref_logprobs, 0.0) - logprobs
         k3 = torch.exp(log_ratio) - log_ratio - 1
     if denominator is None:
         denominator = mask.sum().clamp(min=1)  # a batch with no token has loss 0, not 0/0
-    # where() and not a product: a masked token may hold anything, and 0 * inf is NaN
-    loss = -torch.where(mask > 0, mask * (gain - kl_coef * k3), 0.0).sum() / denominator
+    loss = -(mask * (gain - kl_coef * k3)).sum() / denominator
     with torch.no_grad():
         clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
-        stats = {"kl": torch.where(mask > 0, k3, 0.0).sum(), "clip_fraction": (clipped * mask).sum()}
+        stats = {"kl": k3.sum(), "clip_fraction": (clipped * mask).sum()}
     return loss, stats
 
 
@@ -97,5 +100,6 @@ def exact_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Ten
     for s in _slices(len(hidden), len(weight)):
         policy = _log_softmax(hidden[s], weight, 1.0)  # [n, V]
         reference = _log_softmax(ref_hidden[s], ref_weight, 1.0)  # [n, V]
-        parts.append((policy.exp() * (policy - reference)).sum(-1))
+        probs = policy.exp()  # [n, V]
+        parts.append(torch.where(probs > 0, probs * (policy - reference), 0.0).sum(-1))  # 0 log 0 is 0
     return torch.cat(parts)

@@ -258,15 +258,17 @@ def unwritten_memory_is_nan(monkeypatch):
     torch.use_deterministic_algorithms(was)
 
 
+@pytest.mark.parametrize("grown", [False, True], ids=["made with room", "grown by select"])
 @torch.no_grad()
-def test_cache_slots_that_nobody_wrote_are_never_felt(unwritten_memory_is_nan):
+def test_cache_slots_that_nobody_wrote_are_never_felt(grown, unwritten_memory_is_nan):
     """A short row beside a long one has slots between its own last token and the cache's length."""
     assert torch.empty(1).isnan().all()
     model = random_model()
     long, short = random_ids(1, 11)[0], random_ids(1, 5, seed=3)[0]
-    cache = KVCache(model.config, 2, 8, dtype=torch.float32, device="cpu")
+    cache = KVCache(model.config, 2, 8 if grown else 11, dtype=torch.float32, device="cpu")
     model(torch.stack((long[:8], F.pad(short[:2], (0, 6)))), cache=cache)
-    cache = cache.select(torch.tensor([0, 1]), 11)
+    if grown:
+        cache = cache.select(torch.tensor([0, 1]), 11)
     for step in range(3):
         tokens, positions = torch.stack((long[8 + step], short[2 + step])), torch.tensor([8 + step, 2 + step])
         logits = model.logits(model(tokens[:, None], positions=positions[:, None], cache=cache))[:, 0]

@@ -176,6 +176,8 @@ def load_pretrained(path: str | Path, device="cpu") -> tuple[Transformer, Tokeni
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    tokenizer.no_padding()  # lengths and limits are ours to keep
+    tokenizer.no_truncation()
     stops = model.config.eos_token_id
     if stops is None:
         raise ValueError(f"{Path(path) / 'config.json'}: eos_token_id is missing; completions need an end")

@@ -14,12 +14,14 @@ and resuming cuts it back there, so that no step is logged twice.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,9 +59,10 @@ class RunFolder:
             raise ValueError(f"{file}: not valid JSON ({error})") from None
 
     def log(self, record: dict) -> None:
-        """Append one line, in a single write."""
+        """Append one line, in a single write. JSON has no NaN or infinity: they become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def replace_folder(self, name: str, write) -> None:
         """Let `write(path)` fill a fresh folder, then put it in the place of OUT/name."""
@@ -69,14 +72,15 @@ class RunFolder:
         write(beside)
         for file in beside.iterdir():
             _flush(file)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
+        if target.exists():  # if not, `old` is the only good one: a crash came between these two renames
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
         os.rename(beside, target)
         shutil.rmtree(old, ignore_errors=True)
 
     def save_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         """Tensors and JSON, nothing pickled; `state` gains the present length of the metrics in bytes."""
+        _flush(self.metrics)
         state = state | {"metrics_bytes": self.metrics.stat().st_size}
 
         def write(folder: Path) -> None:
@@ -89,7 +93,7 @@ class RunFolder:
 
     def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict] | None:
         """The last checkpoint (tensors on the CPU), or None if the run stopped before its first one."""
-        folder = next((f for f in (self.path / "checkpoint", self.path / "checkpoint.old") if f.exists()), None)
+        folder = self._checkpoint()
         if folder is None:
             return None
         try:
@@ -98,9 +102,14 @@ class RunFolder:
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder}: the checkpoint cannot be read ({error})") from None
 
+    def _checkpoint(self) -> Path | None:
+        return next((f for f in (self.path / "checkpoint", self.path / "checkpoint.old") if f.exists()), None)
+
     def rewind_metrics(self, length: int) -> None:
-        """Cut the metrics back to where the checkpoint was taken."""
+        """Cut the metrics back to where the checkpoint was taken. Raises ValueError if lines are missing."""
         self.metrics.touch()
+        if self.metrics.stat().st_size < length:
+            raise ValueError(f"{self.metrics}: shorter than when the checkpoint was taken; lines are missing")
         os.truncate(self.metrics, length)
 
     def branch_to(self, out: str | Path) -> RunFolder:
@@ -110,8 +119,8 @@ class RunFolder:
             raise ValueError(f"{other.path} already holds a run; name another --out")
         other.path.mkdir(parents=True, exist_ok=True)
         shutil.copy(self.metrics, other.metrics)
-        if (self.path / "checkpoint").exists():
-            shutil.copytree(self.path / "checkpoint", other.path / "checkpoint")
+        if self._checkpoint():
+            shutil.copytree(self._checkpoint(), other.path / "checkpoint")
         return other
 
 
@@ -127,7 +136,9 @@ class Interrupt:
         self.signal = None
 
     def __enter__(self) -> Interrupt:
-        self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+        watched = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        self.previous = {s: signal.signal(s, self._on_signal) for s in watched}
         return self
 
     def __exit__(self, *_) -> None:
@@ -164,9 +175,17 @@ class Progress:
         self.stream.write("\r" + text[:width].ljust(width) if self.live else text + "\n")
         self.stream.flush()
 
-    def close(self) -> None:
-        if self.live:
-            self.stream.write("\n")
+    def say(self, text: str) -> None:
+        """Lines that stay."""
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live and self.last > float("-inf"):
+            self.say("")
 
 
 def clock(seconds: float) -> str:

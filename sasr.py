@@ -47,9 +47,11 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,170 +68,50 @@ from model import ModelConfig, Transformer
 from rollout import Rollout, SamplingParams, generate, load_pretrained
 from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
-# ============================================================================= configuration
-
-
-def option(default, help: str, choices: tuple[str, ...] = (), low: float | None = None):
-    """A field of Config: its default, what it means (with unit), and which values are allowed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
-
-
-@dataclass
-class Config:
-    """Everything a run depends on. One flag a field: `group_size` is `--group-size`."""
-
-    # --- what to learn
-    task: str = option("knights-knaves", "NAME[:key=value,...], e.g. countdown or knights-knaves:people=4,depth=3")
-    data: str = option("", "folder with train.jsonl and test.jsonl to read the task from ('': generate it)")
-    ood_task: str = option("auto", "out-of-domain test, as NAME[:key=value,...]; auto: a sibling of the task; none")
-    warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
-    # --- the model
-    model: str = option("", "checkpoint directory to start from ('': build a small model from scratch)")
-    hidden_size: int = option(128, "from scratch: features", low=1)
-    layers: int = option(4, "from scratch: decoder layers", low=1)
-    heads: int = option(4, "from scratch: attention heads", low=1)
-    vocab_size: int = option(1024, "from scratch: most tokens that the tokenizer may learn", low=257)
-    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
-    # --- how long
-    warmup_steps: int = option(300, "SFT steps before the adaptive stage", low=0)
-    steps: int = option(400, "steps of the adaptive stage", low=0)
-    # --- who decides between SFT and GRPO
-    controller: str = option(
-        "sasr",
-        "function from the step to p_t",
-        ("sasr", "sft", "grpo", "sft-then-grpo", "alternate", "cosine", "random"),
-    )
-    gamma: float = option(1.0, "sasr: weight of the warm-up norm in equation (1); larger means more GRPO", low=0)
-    warmup_norm: str = option(
-        "last", "sasr: G_warmup is the norm of the last warm-up step, a mean, or an EMA", ("last", "mean", "ema")
-    )
-    warmup_norm_window: int = option(20, "sasr: steps that --warmup-norm mean averages over", low=1)
-    current_norm: str = option("last", "sasr: G_last_sft is the last SFT norm, or an EMA of them", ("last", "ema"))
-    norm_ema: float = option(0.9, "sasr: decay of both EMAs, per SFT step", low=0)
-    probe_every: int = option(
-        0, "sasr: refresh a norm of this age (steps) by an SFT gradient without a step; 0: off", low=0
-    )
-    switch_step: int = option(0, "sft-then-grpo: adaptive step at which GRPO begins; 0: half-way", low=0)
-    alternate: str = option("1:1", "alternate: SFT steps : GRPO steps")
-    sft_fraction: float = option(0.5, "random: the constant p_t", low=0)
-    # --- SFT
-    sft_batch_size: int = option(32, "demonstrations an SFT step", low=1)
-    sft_loss: str = option(
-        "nll", "token weight: nll is 1, dft is the token's own probability (arXiv 2508.05629)", ("nll", "dft")
-    )
-    # --- GRPO
-    prompts_per_step: int = option(8, "prompts a GRPO step", low=1)
-    group_size: int = option(16, "completions a prompt", low=1)
-    max_new_tokens: int = option(0, "tokens a completion; 0: a quarter more than the longest demonstration", low=0)
-    temperature: float = option(1.0, "of the samples; the loss scores the same distribution", low=0)
-    advantage: str = option(
-        "zscore", "equation (4), without its division, or +1/-1 around the median", ("zscore", "centered", "median")
-    )
-    advantage_eps: float = option(1e-4, "eps of equation (4)", low=0)
-    clip_low: float = option(0.2, "ratio may fall by this much", low=0)
-    clip_high: float = option(0.2, "ratio may rise by this much", low=0)
-    kl_coef: float = option(0.0, "beta of equation (3); 0 keeps no reference policy", low=0)
-    reference: str = option(
-        "warmup", "reference policy: the model at the end of warm-up, or the initial one", ("warmup", "initial")
-    )
-    inner_updates: int = option(1, "optimizer steps a rollout", low=1)
-    # --- the optimizer (AdamW)
-    warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", low=0)
-    lr: float = option(5e-4, "peak learning rate of the adaptive stage", low=0)
-    lr_schedule: str = option(
-        "constant",
-        "cosine falls to 0 in each stage; wsd falls linearly at the end of the run",
-        ("constant", "cosine", "wsd"),
-    )
-    lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins", low=0)
-    decay_steps: int = option(0, "wsd: length of the final fall, in steps", low=0)
-    weight_decay: float = option(0.1, "AdamW's, on matrices", low=0)
-    beta1: float = option(0.9, "AdamW's decay of the mean", low=0)
-    beta2: float = option(0.98, "AdamW's decay of the square", low=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this L2 norm; 0: never", low=0)
-    tokens_per_microbatch: int = option(
-        0, "tokens, padding included, that go through the model at once; 0: 2048 on a CPU, 16384 on CUDA", low=0
-    )
-    # --- evaluation and files
-    eval_every: int = option(100, "steps between evaluations; 0: only before, between and after the stages", low=0)
-    eval_examples: int = option(512, "test examples an evaluation, decoded greedily", low=1)
-    save_every: int = option(100, "steps between checkpoints; 0: only at the end", low=0)
-    out: str = option("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")
-    seed: int = option(0, "of everything: puzzles, weights, order, alpha, samples", low=0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-
-    def __post_init__(self):
-        """Raise ValueError naming the flag, the value and the mend."""
-        for spec in dataclasses.fields(self):
-            value, flag = getattr(self, spec.name), flag_name(spec)
-            choices, low = spec.metadata["choices"], spec.metadata["low"]
-            if choices and value not in choices:
-                raise ValueError(f"{flag} {value}: choose from {', '.join(choices)}")
-            if low is not None and not low <= value < math.inf:
-                raise ValueError(f"{flag} {value}: must be {low} or more")
-        for flag, value in (("--sft-fraction", self.sft_fraction), ("--norm-ema", self.norm_ema)):
-            if value > 1:
-                raise ValueError(f"{flag} {value}: must lie between 0 and 1")
-        if self.temperature == 0:
-            raise ValueError("--temperature 0: greedy samples of a group are all alike and teach nothing")
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of twice --heads {self.heads}")
-        if self.lr_schedule == "wsd" and self.decay_steps > self.steps:
-            raise ValueError(f"--decay-steps {self.decay_steps}: longer than the adaptive stage (--steps {self.steps})")
-        parse_ratio(self.alternate)
-
-
-def flag_name(spec: dataclasses.Field) -> str:
-    return "--" + spec.name.replace("_", "-")
-
-
 # ============================================================================= controllers
 #
-# A controller says how likely the next step is an SFT step. SASR measures; all the others are schedules.
+# A controller says how likely the next step is an SFT step. SASR looks at gradient norms; all the others are schedules.
 
 
 class SasrController:
-    """Equation (1). Before any norm is known, `sft_probability` has no meaning and raises RuntimeError."""
+    """Equation (1), with G_warmup and G_last_sft smoothed or not."""
 
     def __init__(
         self,
         gamma: float = 1.0,
         *,
-        warmup_norm: str = "last",
+        warmup_norm: str = "last",  # last | mean (of the last `window`) | ema
         window: int = 20,
-        current_norm: str = "last",
+        current_norm: str = "last",  # last | ema
         ema: float = 0.9,
     ):
-        self.gamma, self.warmup_norm, self.window, self.current_norm, self.ema = (
-            gamma,
-            warmup_norm,
-            window,
-            current_norm,
-            ema,
-        )
-        self.warmup_norms: list[float] = []  # those that G_warmup is made of
+        self.gamma = gamma
+        self.warmup_norm = warmup_norm
+        self.window = window
+        self.current_norm = current_norm
+        self.ema = ema
+        self.warmup_norms: list[float] = []  # the last ones, for the mean
         self.g_warmup: float | None = None
         self.g_last: float | None = None
 
     def observe_warmup(self, grad_norm: float) -> None:
         """The SFT gradient norm of a warm-up step. G_last_sft starts there too: p_0 = 1 / (1 + gamma)."""
+        self.warmup_norms = [*self.warmup_norms, grad_norm][-self.window :]
         if self.warmup_norm == "mean":
-            self.warmup_norms = [*self.warmup_norms, grad_norm][-self.window :]
             self.g_warmup = sum(self.warmup_norms) / len(self.warmup_norms)
-        elif self.warmup_norm == "ema" and self.g_warmup is not None:
-            self.g_warmup = self.ema * self.g_warmup + (1 - self.ema) * grad_norm
         else:
-            self.g_warmup = grad_norm
+            self.g_warmup = self._smoothed(self.g_warmup, grad_norm, self.warmup_norm)
         self.g_last = self.g_warmup
 
     def observe_sft(self, grad_norm: float) -> None:
         """The SFT gradient norm of an adaptive step, or of a probe."""
-        if self.current_norm == "ema" and self.g_last is not None:
-            grad_norm = self.ema * self.g_last + (1 - self.ema) * grad_norm
-        self.g_last = grad_norm
+        self.g_last = self._smoothed(self.g_last, grad_norm, self.current_norm)
+
+    def _smoothed(self, old: float | None, new: float, how: str) -> float:
+        return self.ema * old + (1 - self.ema) * new if how == "ema" and old is not None else new
 
     def sft_probability(self, step: int = 0) -> float:
-        """p_t. The step does not matter: everything is in the two norms."""
+        """p_t. The step does not matter: everything is in the two norms. RuntimeError before any was observed."""
         if self.g_warmup is None:
             raise RuntimeError("SasrController: no warm-up norm was observed")
         total = self.g_last + self.gamma * self.g_warmup
@@ -242,29 +124,18 @@ class SasrController:
         self.g_warmup, self.g_last, self.warmup_norms = state["g_warmup"], state["g_last"], state["warmup_norms"]
 
 
-class ScheduleController:
-    """p_t as a plain function of the adaptive step t = 0, 1, ... It measures nothing, so it has no state."""
+class ScheduleController(SasrController):
+    """p_t as a plain function of the adaptive step t = 0, 1, ... The norms are kept for the log and not looked at."""
 
     def __init__(self, schedule: Callable[[int], float]):
+        super().__init__()
         self.schedule = schedule
 
-    def observe_warmup(self, grad_norm: float) -> None:
-        pass
-
-    def observe_sft(self, grad_norm: float) -> None:
-        pass
-
-    def sft_probability(self, step: int) -> float:
+    def sft_probability(self, step: int = 0) -> float:
         return self.schedule(step)
 
-    def state_dict(self) -> dict:
-        return {}
 
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
-
-def make_controller(config: Config) -> SasrController | ScheduleController:
+def make_controller(config: Config) -> SasrController:
     if config.controller == "sasr":
         return SasrController(
             config.gamma,
@@ -286,6 +157,13 @@ def make_controller(config: Config) -> SasrController | ScheduleController:
     return ScheduleController(schedules[config.controller])
 
 
+def may_choose_sft(config: Config) -> bool:
+    """Whether any step of the adaptive stage can be an SFT step."""
+    controller = make_controller(config)
+    scheduled = isinstance(controller, ScheduleController)
+    return any(not scheduled or controller.sft_probability(t) > 0 for t in range(config.steps))
+
+
 def parse_ratio(text: str) -> tuple[int, int]:
     """'2:1' -> (2, 1)."""
     k, _, m = text.partition(":")
@@ -305,12 +183,13 @@ def group_advantages(rewards: Tensor, mode: str = "zscore", eps: float = 1e-4) -
     """
     if mode == "median":
         return torch.sign(rewards - rewards.quantile(0.5, dim=1, keepdim=True))
-    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    if mode not in ("zscore", "centered"):
+        raise ValueError(f"advantage {mode!r}: choose from zscore, centered, median")
+    agree = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    centered = torch.where(agree, 0.0, rewards - rewards.mean(dim=1, keepdim=True))  # exactly 0, not a rounding error
     if mode == "centered":
         return centered
-    if mode == "zscore":
-        return centered / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
-    raise ValueError(f"advantage {mode!r}: choose from zscore, centered, median")
+    return centered / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
 
 
 # ============================================================================= the update
@@ -393,6 +272,9 @@ def score(model: Transformer, batch: Batch, config: Config) -> list[Tensor]:
     return scores
 
 
+# An objective maps the log-probs [N] of a micro-batch to its part of the loss, and sums of statistics over its tokens.
+
+
 def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominator: int, config: Config):
     """Equation (2); with `dft`, each token is weighed by its own probability (arXiv 2508.05629, equation 9)."""
     weights = logprobs.detach().exp() if config.sft_loss == "dft" else torch.ones_like(logprobs)
@@ -429,7 +311,7 @@ def accumulate_gradient(
     """
     denominator = max(denominator or batch.tokens, 1)
     model.zero_grad(set_to_none=True)
-    totals = {"loss": 0.0, "entropy": 0.0}
+    totals: dict[str, Tensor] = {"loss": torch.zeros((), device=model.device)}
     for micro in micro_batches(batch, config.tokens_per_microbatch, model.device):
         if len(micro.targets) == 0:
             continue
@@ -437,11 +319,10 @@ def accumulate_gradient(
         loss, sums = objective(batch, micro, logprobs, denominator, config)
         loss.backward()
         sums = sums | {"entropy": entropy.detach().sum()}
-        totals["loss"] += loss.item()
-        for key, value in sums.items():
-            totals[key] = totals.get(key, 0.0) + value.item() / max(batch.tokens, 1)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
-    return totals | {"grad_norm": grad_norm}
+        for key, value in [("loss", loss.detach()), *((key, total / batch.tokens) for key, total in sums.items())]:
+            totals[key] = totals.get(key, 0.0) + value
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    return {key: value.item() for key, value in totals.items()}
 
 
 def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
@@ -456,8 +337,8 @@ def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
 def learning_rate(config: Config, step: int) -> float:
     """The rate of step 1, 2, ..., warm-up and adaptive counted through. Each stage starts by rising from 0.
 
-    Only the last `decay_steps` of a wsd run know how long the run is, so a run that was stopped before them can
-    be resumed with another --steps: that is a decay branch (arXiv 2404.06395).
+    Only the final fall of a wsd run knows how long the run is, so a run that was stopped before it can be resumed
+    with another --steps and --decay-fraction: that is a decay branch (arXiv 2404.06395).
     """
     in_warmup = step <= config.warmup_steps
     peak, length = (config.warmup_lr, config.warmup_steps) if in_warmup else (config.lr, config.steps)
@@ -465,14 +346,151 @@ def learning_rate(config: Config, step: int) -> float:
     rate = peak * min(1.0, t / max(config.lr_warmup_steps, 1))
     if config.lr_schedule == "cosine":
         rate *= (1 + math.cos(math.pi * (t - 1) / length)) / 2
-    if config.lr_schedule == "wsd" and not in_warmup and config.decay_steps:
-        rate *= min(1.0, (length - t + 1) / config.decay_steps)
+    if config.lr_schedule == "wsd" and not in_warmup and config.decay_fraction:
+        rate *= min(1.0, (length - t + 1) / (config.decay_fraction * length))
     return rate
 
 
 def autocast(device: torch.device):
     """bf16 arithmetic on CUDA, where the weights stay fp32; nothing on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# ============================================================================= configuration
+
+
+def option(default, help: str, choices: tuple[str, ...] = (), low: float | None = None):
+    """A field of Config: its default, what it means (with unit), and which values are allowed."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. One flag a field: `group_size` is `--group-size`."""
+
+    # --- what to learn
+    task: str = option("knights-knaves", "NAME[:key=value,...], e.g. countdown or knights-knaves:people=4,depth=3")
+    data: str = option("", "folder with train.jsonl and test.jsonl to read the task from ('': generate it)")
+    ood_task: str = option(
+        "auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder sibling of a plain --task"
+    )
+    warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
+    # --- the model
+    model: str = option("", "checkpoint directory to start from ('': build a small model from scratch)")
+    hidden_size: int = option(128, "from scratch: features", low=1)
+    layers: int = option(4, "from scratch: decoder layers", low=1)
+    heads: int = option(4, "from scratch: attention heads", low=1)
+    vocab_size: int = option(1024, "from scratch: most tokens that the tokenizer may learn", low=257)
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
+    # --- how long
+    warmup_steps: int = option(250, "SFT steps before the adaptive stage", low=0)
+    steps: int = option(400, "steps of the adaptive stage", low=0)
+    # --- who decides between SFT and GRPO
+    controller: str = option(
+        "sasr",
+        "function from the step to p_t",
+        ("sasr", "sft", "grpo", "sft-then-grpo", "alternate", "cosine", "random"),
+    )
+    gamma: float = option(1.0, "sasr: weight of the warm-up norm in equation (1); larger means more GRPO", low=0)
+    warmup_norm: str = option(
+        "last", "sasr: G_warmup is the norm of the last warm-up step, a mean, or an EMA", ("last", "mean", "ema")
+    )
+    warmup_norm_window: int = option(20, "sasr: steps that --warmup-norm mean averages over", low=1)
+    current_norm: str = option("last", "sasr: G_last_sft is the last SFT norm, or an EMA of them", ("last", "ema"))
+    norm_ema: float = option(0.9, "sasr: decay of both EMAs, per SFT step", low=0)
+    probe_every: int = option(
+        0, "sasr: refresh a norm of this age (steps) by an SFT gradient without a step; 0: off", low=0
+    )
+    switch_step: int = option(0, "sft-then-grpo: adaptive step at which GRPO begins; 0: half-way", low=0)
+    alternate: str = option("1:1", "alternate: SFT steps : GRPO steps")
+    sft_fraction: float = option(0.5, "random: the constant p_t", low=0)
+    # --- SFT
+    sft_batch_size: int = option(32, "demonstrations an SFT step", low=1)
+    sft_loss: str = option(
+        "nll", "token weight: nll is 1, dft is the token's own probability (arXiv 2508.05629)", ("nll", "dft")
+    )
+    # --- GRPO
+    prompts_per_step: int = option(8, "prompts a GRPO step", low=1)
+    group_size: int = option(8, "completions a prompt", low=1)
+    max_new_tokens: int = option(0, "tokens a completion; 0: a quarter more than the longest demonstration", low=0)
+    temperature: float = option(1.0, "of the samples; the loss scores the same distribution", low=0)
+    advantage: str = option(
+        "zscore", "equation (4), without its division, or +1/-1 around the median", ("zscore", "centered", "median")
+    )
+    advantage_eps: float = option(1e-4, "eps of equation (4)", low=0)
+    clip_low: float = option(0.2, "ratio may fall by this much", low=0)
+    clip_high: float = option(0.2, "ratio may rise by this much", low=0)
+    kl_coef: float = option(0.0, "beta of equation (3); 0 keeps no reference policy", low=0)
+    reference: str = option(
+        "warmup", "reference policy: the model at the end of warm-up, or the initial one", ("warmup", "initial")
+    )
+    inner_updates: int = option(1, "optimizer steps a rollout", low=1)
+    # --- the optimizer (AdamW)
+    warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", low=0)
+    lr: float = option(5e-4, "peak learning rate of the adaptive stage", low=0)
+    lr_schedule: str = option(
+        "wsd",
+        "cosine falls to 0 in each stage; wsd falls linearly at the end of the run",
+        ("constant", "cosine", "wsd"),
+    )
+    lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins", low=0)
+    decay_fraction: float = option(0.375, "wsd: share of --steps over which the rate falls; 0: it never does", low=0)
+    weight_decay: float = option(0.1, "AdamW's, on matrices", low=0)
+    beta1: float = option(0.9, "AdamW's decay of the mean", low=0)
+    beta2: float = option(0.98, "AdamW's decay of the square", low=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this L2 norm; 0: never", low=0)
+    tokens_per_microbatch: int = option(
+        0, "tokens, padding included, that go through the model at once; 0: 2048 on a CPU, 16384 on CUDA", low=0
+    )
+    # --- evaluation and files
+    eval_every: int = option(100, "steps between evaluations; 0: only before, between and after the stages", low=0)
+    eval_examples: int = option(512, "test examples an evaluation, decoded greedily", low=1)
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end", low=0)
+    out: str = option("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")
+    seed: int = option(0, "of everything: puzzles, weights, order, alpha, samples", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+    def __post_init__(self):
+        """Raise ValueError naming the flag, the value and the mend."""
+        for spec in dataclasses.fields(self):
+            value, flag = getattr(self, spec.name), flag_name(spec)
+            choices, low = spec.metadata["choices"], spec.metadata["low"]
+            allowed = {"int": int, "float": (int, float), "str": str, "bool": bool}[spec.type]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and spec.type != "bool"):
+                raise ValueError(f"{flag} {value!r}: must be of type {spec.type}")
+            if choices and value not in choices:
+                raise ValueError(f"{flag} {value}: choose from {', '.join(choices)}")
+            if low is not None and not low <= value < math.inf:
+                raise ValueError(f"{flag} {value}: must be {low} or more")
+        for name, most in (
+            ("sft_fraction", 1.0),
+            ("decay_fraction", 1.0),
+            ("norm_ema", 1.0),
+            ("beta1", 0.999999),
+            ("beta2", 0.999999),
+        ):
+            if getattr(self, name) > most:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie between 0 and {most}")
+        if self.temperature == 0:
+            raise ValueError("--temperature 0: greedy samples of a group are all alike and teach nothing")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of twice --heads {self.heads}")
+        parse_ratio(self.alternate)
+
+    @classmethod
+    def from_json(cls, values: dict, source: Path) -> Config:
+        """The configuration in a run's config.json; ValueError naming the file and what is wrong in it."""
+        unknown = set(values) - {spec.name for spec in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"{source}: unknown setting {min(unknown)!r}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+def flag_name(spec: dataclasses.Field) -> str:
+    return "--" + spec.name.replace("_", "-")
 
 
 # ============================================================================= what a run is made of
@@ -499,8 +517,8 @@ def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
     task = load_task_spec(config.task, config.data, config.seed)
     warmup = load_task_spec(config.warmup_task, "", config.seed) if config.warmup_task else task
     ood = config.ood_task
-    if ood == "auto":
-        ood = "none" if config.data else SIBLINGS[task.name]
+    if ood == "auto":  # the sibling fits the task's own defaults only
+        ood = SIBLINGS.get(config.task, "none") if not config.data else "none"
     return task, warmup, None if ood == "none" else load_task_spec(ood, "", config.seed)
 
 
@@ -508,16 +526,20 @@ class TokenizedTask:
     """A task as the model sees it: token ids, and how long a completion may get."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, stop_token_id: int, max_new_tokens: int):
-        def encode(texts):
-            return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        def encode(texts, begins: bool) -> list[list[int]]:
+            """A prompt begins a sequence (some tokenizers mark that); a demonstration goes on with one."""
+            return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=begins)]
 
-        self.task = task
-        self.train_prompts = encode(e.prompt for e in task.train)
-        self.test_prompts = encode(e.prompt for e in task.test)
+        for split, examples in (("training", task.train), ("test", task.test)):
+            if not examples:
+                raise ValueError(f"task {task.name}: there are no {split} examples")
+        self.source = task
+        self.train_prompts = encode((e.prompt for e in task.train), True)
+        self.test_prompts = encode((e.prompt for e in task.test), True)
         shown = [i for i, e in enumerate(task.train) if e.demonstration is not None]
-        completions = [[*ids, stop_token_id] for ids in encode(task.train[i].demonstration for i in shown)]
+        completions = [[*ids, stop_token_id] for ids in encode((task.train[i].demonstration for i in shown), False)]
         self.demonstrations = [(self.train_prompts[i], ids) for i, ids in zip(shown, completions, strict=True)]
-        in_test = encode(e.demonstration for e in task.test if e.demonstration is not None)
+        in_test = encode((e.demonstration for e in task.test if e.demonstration is not None), False)
         self.longest_demonstration = max(map(len, completions + in_test), default=0)
         self.max_new_tokens = max_new_tokens or self.longest_demonstration * 5 // 4 or 512
 
@@ -550,6 +572,8 @@ def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transform
 def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("choose cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
@@ -557,7 +581,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 # Randomness without state: a draw is a function of the seed, its purpose, and a count.
-PURPOSES = {"demonstrations": 1, "prompts": 2, "alpha": 3, "samples": 4}
+PURPOSES = {"demonstrations": 1, "prompts": 2, "alpha": 3, "samples": 4, "probe": 5}
 
 
 def random_source(seed: int, purpose: str, count: int) -> np.random.Generator:
@@ -582,11 +606,10 @@ class State:
     step: int = 0  # steps done, warm-up and adaptive counted through
     sft_steps: int = 0  # of the adaptive stage
     grpo_steps: int = 0
-    sft_norm: float | None = None  # last SFT gradient norm that was measured, by a step or by a probe
-    sft_norm_step: int = 0
+    norm_step: int = 0  # when the controller last saw an SFT gradient norm
     seconds: dict = field(default_factory=lambda: {"warmup": 0.0, "sft": 0.0, "grpo": 0.0, "eval": 0.0})
     accuracy: dict = field(default_factory=dict)  # accuracy_before, _warmup, _final, and each with _ood
-    last_accuracy: float | None = None
+    shown: dict = field(default_factory=dict)  # the last reward and accuracy, for the progress line
 
 
 class Trainer:
@@ -595,7 +618,7 @@ class Trainer:
     def __init__(self, config: Config):
         self.config, self.state = config, State()
         self.device = resolve_device(config.device)
-        tasks = task, warmup_task, _ = load_tasks(config)
+        task, warmup_task, ood_task = load_tasks(config)
         if config.model:
             model, self.tokenizer, self.stop_token_ids = load_pretrained(config.model)
         else:
@@ -603,11 +626,22 @@ class Trainer:
             texts = (text for e in examples for text in (e.prompt, e.demonstration or e.answer))
             self.tokenizer = train_tokenizer(texts, config.vocab_size)
             self.stop_token_ids = (self.tokenizer.token_to_id(END),)
-        stop = self.stop_token_ids[0]
-        by_task = {id(t): TokenizedTask(t, self.tokenizer, stop, config.max_new_tokens) for t in tasks if t}
-        self.task, self.warmup_task, self.ood_task = (by_task.get(id(t)) for t in tasks)
+
+        def tokenize(task: Task) -> TokenizedTask:
+            return TokenizedTask(task, self.tokenizer, self.stop_token_ids[0], config.max_new_tokens)
+
+        self.task = tokenize(task)
+        self.warmup_task = self.task if warmup_task is task else tokenize(warmup_task)
+        self.ood_task = tokenize(ood_task) if ood_task else None
+        self._check_demonstrations()
+        context = max(t.context for t in (self.task, self.warmup_task, self.ood_task) if t)
         if not config.model:
-            model = build_model(config, self.tokenizer, max(t.context for t in by_task.values()))
+            model = build_model(config, self.tokenizer, context)
+        if context > model.config.max_position_embeddings:
+            raise ValueError(
+                f"--model {config.model}: its context of {model.config.max_position_embeddings} tokens is too short "
+                f"for the longest prompt with its completion ({context}); lower --max-new-tokens"
+            )
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         # What samples are drawn from: the model itself, or on CUDA a bf16 copy of it.
@@ -615,33 +649,37 @@ class Trainer:
         self.reference: Transformer | None = None
         self.optimizer = make_optimizer(self.model, config)
         self.controller = make_controller(config)
-        adaptive_sft_steps = 0 if config.controller == "grpo" else config.steps
-        for steps, source in ((config.warmup_steps, self.warmup_task), (adaptive_sft_steps, self.task)):
-            if steps and not source.demonstrations:
+
+    def _check_demonstrations(self) -> None:
+        warmup, adaptive = self.config.warmup_steps > 0, may_choose_sft(self.config)
+        for needed, tokenized in ((warmup, self.warmup_task), (adaptive, self.task)):
+            if needed and not tokenized.demonstrations:
                 raise ValueError(
-                    f"task {source.task.name}: no example has a demonstration, so there is nothing for SFT"
+                    f"task {tokenized.source.name}: no example has a demonstration, so SFT has nothing to learn from; "
+                    "without them use --controller grpo --warmup-steps 0, or another --warmup-task"
                 )
 
     # --- SFT
 
-    def sft_batch(self) -> Batch:
-        """The next demonstrations."""
-        in_warmup = self.state.step < self.config.warmup_steps
-        source = self.warmup_task if in_warmup else self.task
-        size, taken = self.config.sft_batch_size, min(self.state.step, self.config.warmup_steps) + self.state.sft_steps
-        chosen = shuffled(len(source.demonstrations), taken * size, size, self.config.seed, "demonstrations")
+    def _demonstrations(self, source: TokenizedTask, start: int, purpose: str) -> Batch:
+        size = self.config.sft_batch_size
+        chosen = shuffled(len(source.demonstrations), start * size, size, self.config.seed, purpose)
         prompts, completions = zip(*(source.demonstrations[i] for i in chosen), strict=True)
         return Batch(list(prompts), list(completions))
 
     def sft_step(self) -> dict:
-        batch = self.sft_batch()
+        """One step on the next demonstrations."""
+        warmed_up = min(self.state.step, self.config.warmup_steps)
+        source = self.warmup_task if self.state.step < self.config.warmup_steps else self.task
+        batch = self._demonstrations(source, warmed_up + self.state.sft_steps, "demonstrations")
         stats = accumulate_gradient(self.model, batch, sft_objective, self.config)
         self._step_optimizer(stats["grad_norm"])
         return {"loss": stats["loss"], "grad_norm": stats["grad_norm"], "tokens": batch.tokens}
 
     def probe(self) -> float:
-        """The SFT gradient norm here and now, without a step."""
-        return accumulate_gradient(self.model, self.sft_batch(), sft_objective, self.config)["grad_norm"]
+        """The SFT gradient norm here and now, on demonstrations of its own, without a step."""
+        batch = self._demonstrations(self.task, self.state.step, "probe")
+        return accumulate_gradient(self.model, batch, sft_objective, self.config)["grad_norm"]
 
     # --- GRPO
 
@@ -668,9 +706,10 @@ class Trainer:
             "entropy": None,
             "clip_fraction": None,
         }
-        if not advantages.any():
+        if not advantages.any():  # no group has a signal: a step would be Adam's momentum and nothing else
             return record
-        # Without a KL term a completion of advantage 0 has no gradient; it counts in the denominator all the same.
+        # Without a KL term a completion of advantage 0 has no gradient. It is left out of the update (and of the means
+        # of entropy and clip_fraction), but counts in the denominator all the same.
         kept = [i for i, a in enumerate(advantages.tolist()) if a != 0 or self.reference is not None]
         batch = Batch(
             [prompts[i // config.group_size] for i in kept],
@@ -700,9 +739,9 @@ class Trainer:
 
     def _rewards(self, completions: list[list[int]], chosen: list[int]) -> Tensor:
         """[Q, G], in the order of the rollout."""
-        examples = [self.task.task.train[i] for i in chosen for _ in range(self.config.group_size)]
+        examples = [self.task.source.train[i] for i in chosen for _ in range(self.config.group_size)]
         texts = self.tokenizer.decode_batch(completions, skip_special_tokens=True)
-        rewards = [self.task.task.grade(text, example).reward for text, example in zip(texts, examples, strict=True)]
+        rewards = [self.task.source.grade(text, example).reward for text, example in zip(texts, examples, strict=True)]
         return torch.tensor(rewards).view(len(chosen), self.config.group_size)
 
     # --- what both share
@@ -730,71 +769,63 @@ class Trainer:
 
     def _accuracy(self, tokenized: TokenizedTask) -> float:
         params = SamplingParams(tokenized.max_new_tokens, temperature=0, stop_token_ids=self.stop_token_ids)
-        examples = tokenized.task.test[: self.config.eval_examples]
+        examples = tokenized.source.test[: self.config.eval_examples]
         correct = 0
         for start in range(0, len(examples), 256):  # so many rows at once
             part = slice(start, min(start + 256, len(examples)))
             rollout = generate(self.sampler, tokenized.test_prompts[part], params)
             texts = self.tokenizer.decode_batch(rollout.completions, skip_special_tokens=True)
-            correct += sum(tokenized.task.grade(t, e).correct for t, e in zip(texts, examples[part], strict=True))
+            correct += sum(tokenized.source.grade(t, e).correct for t, e in zip(texts, examples[part], strict=True))
         return correct / len(examples)
 
     # --- one step of either stage, and what happens between them
 
     def warmup_step(self) -> dict:
         record = self.sft_step()
-        self.controller.observe_warmup(record["grad_norm"])
-        self._remember_norm(record["grad_norm"], self.state.step + 1)
+        self._observe(self.controller.observe_warmup, record["grad_norm"], self.state.step + 1)
         return {"phase": "warmup", "kind": "sft"} | record
 
     def adaptive_step(self) -> dict:
         """The heart of the method: look at the norm, draw, then learn from the textbook or from practice."""
-        state = self.state
-        if self.config.probe_every and state.step - state.sft_norm_step >= self.config.probe_every:
-            norm = self.probe()
-            self.controller.observe_sft(norm)
-            self._remember_norm(norm, state.step)
+        state, controller = self.state, self.controller
+        if self.config.probe_every and state.step - state.norm_step >= self.config.probe_every:
+            self._observe(controller.observe_sft, self.probe(), state.step)
         decision = {
-            "p_sft": self.controller.sft_probability(state.step - self.config.warmup_steps),
+            "p_sft": controller.sft_probability(state.step - self.config.warmup_steps),
             "alpha": random_source(self.config.seed, "alpha", state.step).random(),
-            "sft_norm": state.sft_norm,
-            "sft_norm_age": state.step - state.sft_norm_step,
+            "sft_norm": controller.g_last,
+            "sft_norm_age": state.step - state.norm_step,
         }
         if decision["alpha"] < decision["p_sft"]:
             kind, record = "sft", self.sft_step()
-            self.controller.observe_sft(record["grad_norm"])
-            self._remember_norm(record["grad_norm"], state.step + 1)
+            self._observe(controller.observe_sft, record["grad_norm"], state.step + 1)
             state.sft_steps += 1
         else:
             kind, record = "grpo", self.grpo_step()
             state.grpo_steps += 1
         return {"phase": "adaptive", "kind": kind} | record | decision
 
-    def _remember_norm(self, norm: float, step: int) -> None:
-        self.state.sft_norm, self.state.sft_norm_step = norm, step
+    def _observe(self, observe: Callable[[float], None], grad_norm: float, step: int) -> None:
+        """Tell the controller, unless the norm is not finite: one NaN would stay in every later p_t."""
+        if math.isfinite(grad_norm):
+            observe(grad_norm)
+            self.state.norm_step = step
 
-    def milestone(self) -> dict[str, float]:
-        """After `state.step` steps: evaluate if it is time; at the stages' ends also set up what comes next."""
+    def between_steps(self) -> dict[str, float]:
+        """What is due after `state.step` steps: an evaluation, the yardstick, the reference policy."""
         config, state = self.config, self.state
-        begins_adaptive = state.step == config.warmup_steps
-        names = [
-            name
-            for name, at in (("before", 0), ("warmup", config.warmup_steps), ("final", total_steps(config)))
-            if state.step == at
-        ]
         scores = {}
-        if names or (config.eval_every and state.step % config.eval_every == 0):
+        if is_evaluated(config, state.step):
             started = time.perf_counter()
             scores = self.evaluate()
             state.seconds["eval"] += time.perf_counter() - started
-            state.last_accuracy = scores["accuracy"]
-        for name in names:
-            state.accuracy |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in scores.items()}
-        if begins_adaptive and config.warmup_steps == 0 and self.task.demonstrations:
-            norm = self.probe()  # no warm-up to take the yardstick from: measure it
-            self.controller.observe_warmup(norm)
-            self._remember_norm(norm, 0)
-        if config.kl_coef and (begins_adaptive if config.reference == "warmup" else state.step == 0):
+            state.shown["accuracy"] = scores["accuracy"]
+        for name, at in (("before", 0), ("warmup", config.warmup_steps), ("final", total_steps(config))):
+            if state.step == at:
+                state.accuracy |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in scores.items()}
+        if state.step == config.warmup_steps == 0 and may_choose_sft(config):
+            self._observe(self.controller.observe_warmup, self.probe(), 0)  # no warm-up to take it from: measure it
+        if config.kl_coef and state.step == (config.warmup_steps if config.reference == "warmup" else 0):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
         return scores
 
@@ -810,8 +841,20 @@ class Trainer:
             named |= {f"reference.{name}": p for name, p in self.reference.named_parameters()}
         return named
 
+    def saved_state(self) -> dict:
+        state = dataclasses.asdict(self.state)
+        return {"state": state, "controller": self.controller.state_dict(), "fingerprint": self.fingerprint()}
+
+    def fingerprint(self) -> int:
+        """Changes when the tokenizer or any example does."""
+        examples = [(t.source.train, t.source.test) for t in (self.task, self.warmup_task)]
+        return zlib.crc32((self.tokenizer.to_str() + repr(examples)).encode())
+
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], saved: dict) -> None:
+        """Take up a checkpoint. Raises ValueError if it was made with other examples or another tokenizer."""
+        if saved["fingerprint"] != self.fingerprint():
+            raise ValueError("the checkpoint was made with other examples or another tokenizer than these")
         if any(name.startswith("reference.") for name in tensors):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
         for name, parameter in self.model.named_parameters():
@@ -831,6 +874,12 @@ def total_steps(config: Config) -> int:
     return config.warmup_steps + config.steps
 
 
+def is_evaluated(config: Config, step: int) -> bool:
+    """Before and after each stage, and every `eval_every` steps."""
+    due = config.eval_every and step % config.eval_every == 0
+    return bool(due) or step in (0, config.warmup_steps, total_steps(config))
+
+
 def train(config: Config, *, resume: RunFolder | None = None) -> dict:
     """Run both stages and return the summary that is also written to OUT/summary.json.
 
@@ -844,29 +893,26 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
         folder.create(dataclasses.asdict(config) | {"out": str(folder.path)})
     if checkpoint:
         trainer.restore(*checkpoint)
-        folder.rewind_metrics(checkpoint[1]["metrics_bytes"])
-    else:
-        folder.rewind_metrics(0)
-        trainer.milestone()
-
     state, progress = trainer.state, Progress()
-    with Interrupt() as interrupt:
+    progress.say(headline(trainer, folder.path))
+    with Interrupt() as interrupt, progress:
+        folder.rewind_metrics(checkpoint[1]["metrics_bytes"] if checkpoint else 0)
+        if not checkpoint:
+            trainer.between_steps()
         while state.step < total_steps(config):
             started = time.perf_counter()
             record = trainer.warmup_step() if state.step < config.warmup_steps else trainer.adaptive_step()
             record |= {"lr": learning_rate(config, state.step + 1), "seconds": time.perf_counter() - started}
             state.seconds["warmup" if record["phase"] == "warmup" else record["kind"]] += record["seconds"]
             state.step += 1
-            scores = trainer.milestone()
+            scores = trainer.between_steps()
             folder.log({"step": state.step} | record | {f"eval/{key}": value for key, value in scores.items()})
             progress.show(progress_line(config, state, record))
             last = state.step == total_steps(config)
             if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
-                saved = {"controller": trainer.controller.state_dict(), "state": dataclasses.asdict(state)}
-                folder.save_checkpoint(trainer.tensors(), saved)
+                folder.save_checkpoint(trainer.tensors(), trainer.saved_state())
             if interrupt.signal and not last:
                 raise Stopped(interrupt.signal, folder.path)
-    progress.close()
 
     def save_model(path: Path) -> None:
         trainer.model.save_pretrained(path)
@@ -880,6 +926,7 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
         "warmup_steps": config.warmup_steps,
         "sft_steps": state.sft_steps,
         "grpo_steps": state.grpo_steps,
+        "g_warmup": trainer.controller.g_warmup,
         "seconds": sum(state.seconds.values()),
         **{f"seconds_{kind}": value for kind, value in state.seconds.items()},
         "out": str(folder.path),
@@ -892,11 +939,25 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
 def default_out(config: Config) -> str:
     """runs/CONTROLLER-TASK-SEED, with a number behind it if that is taken."""
     base = f"runs/{config.controller}-{config.task.partition(':')[0]}-{config.seed}"
-    names = [base] + [f"{base}-{n}" for n in range(2, 10_000)]
+    names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
     return next(name for name in names if not Path(name).exists())
 
 
 # ============================================================================= what the person sees
+
+
+def headline(trainer: Trainer, out: Path) -> str:
+    """What is about to happen, before anything takes time."""
+    config, task = trainer.config, trainer.task
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    origin = config.model or "from scratch"
+    return (
+        f"{config.controller} on {task.source.name}: {len(task.train_prompts)} training prompts, "
+        f"{len(task.demonstrations)} with a demonstration\n"
+        f"{parameters / 1e6:.2f} M parameters {origin}, on {trainer.device}; {config.warmup_steps} warm-up steps, "
+        f"then {config.steps} adaptive ones\n"
+        f"writing to {out}; first, an evaluation"
+    )
 
 
 def seconds_left(config: Config, state: State) -> float:
@@ -909,19 +970,21 @@ def seconds_left(config: Config, state: State) -> float:
     prior = {"sft": 1.0, "grpo": 0.0}.get(config.controller, 0.5)  # worth ten steps of evidence
     sft_share = (state.sft_steps + 10 * prior) / (adaptive + 10)
     adaptive_cost = sft_share * sft_cost + (1 - sft_share) * grpo_cost
+    evaluated = [is_evaluated(config, step) for step in range(total_steps(config) + 1)]
+    eval_cost = state.seconds["eval"] / max(sum(evaluated[: state.step + 1]), 1)
     steps = (config.warmup_steps - warmed_up) * sft_cost + (config.steps - adaptive) * adaptive_cost
-    return steps * (1 + state.seconds["eval"] / max(sum(state.seconds.values()) - state.seconds["eval"], 1e-9))
+    return steps + sum(evaluated[state.step + 1 :]) * eval_cost
 
 
 def progress_line(config: Config, state: State, record: dict) -> str:
-    """One line of at most 100 columns; accuracy and reward stay on show until there are newer ones."""
-    stage = "warm-up" if record["phase"] == "warmup" else f"adaptive {record['kind']:4} p_sft {record['p_sft']:.2f}"
-    reward = f" reward {record['reward_mean']:.2f}" if "reward_mean" in record else ""
-    accuracy = f" accuracy {state.last_accuracy:.1%}" if state.last_accuracy is not None else ""
-    loss = f" loss {record['loss']:.3f}"
-    return (
-        f"{state.step}/{total_steps(config)} {stage}{loss}{reward}{accuracy} left {clock(seconds_left(config, state))}"
-    )
+    """One line of a terminal; reward and accuracy stay on show until there are newer ones."""
+    state.shown |= {"reward": record["reward_mean"]} if "reward_mean" in record else {}
+    parts = [f"{state.step}/{total_steps(config)} {record['kind']:4}"]
+    parts += [f"p_sft {record['p_sft']:.2f}"] if "p_sft" in record else ["warm-up"]
+    parts += [f"loss {record['loss']:.3f}"]
+    parts += [f"reward {state.shown['reward']:.2f}"] if "reward" in state.shown else []
+    parts += [f"accuracy {state.shown['accuracy']:.1%}"] if "accuracy" in state.shown else []
+    return " ".join([*parts, f"left {clock(seconds_left(config, state))}"])
 
 
 def closing_table(summary: dict) -> str:
@@ -956,7 +1019,7 @@ GROUPS = {  # the first field of each group of flags in --help
 }
 
 # What a resumed run may change without making the steps already taken untrue.
-RESUMABLE = ("steps", "decay_steps", "lr_schedule", "eval_every", "eval_examples", "save_every", "out", "device")
+RESUMABLE = ("steps", "decay_fraction", "lr_schedule", "eval_every", "eval_examples", "save_every", "out", "device")
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -980,13 +1043,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
             group.add_argument(flag_name(spec), action=argparse.BooleanOptionalAction, help=shown)
         else:
             kind = {"int": int, "float": float, "str": str}[spec.type]
-            group.add_argument(
-                flag_name(spec),
-                type=kind,
-                choices=spec.metadata["choices"] or None,
-                metavar=spec.type.upper(),
-                help=shown,
-            )
+            choices = spec.metadata["choices"]
+            metavar = None if choices else spec.type.upper()
+            group.add_argument(flag_name(spec), type=kind, choices=choices or None, metavar=metavar, help=shown)
     return parser.parse_args(argv)
 
 
@@ -996,7 +1055,7 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
     Raises ValueError naming a flag that would contradict the steps already taken.
     """
     folder = RunFolder(out)
-    old = Config(**folder.read_json("config.json"))
+    old = Config.from_json(folder.read_json("config.json"), folder.path / "config.json")
     for name, value in said.items():
         if name not in RESUMABLE and value != getattr(old, name):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a resumed run keeps its {getattr(old, name)!r}")
@@ -1007,8 +1066,14 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
         raise ValueError(f"--steps {new.steps}: the run has already taken {done - new.warmup_steps}")
     if any(learning_rate(old, step) != learning_rate(new, step) for step in range(1, done + 1)):
         raise ValueError(
-            "--steps, --decay-steps or --lr-schedule would change the learning rate of steps already taken"
+            "--steps, --decay-fraction or --lr-schedule would change the learning rate of steps already taken"
         )
+    decided = max(done - new.warmup_steps, 0)
+    controllers = make_controller(old), make_controller(new)
+    if isinstance(controllers[0], ScheduleController):
+        before, after = ([c.sft_probability(t) for t in range(decided)] for c in controllers)
+        if before != after:
+            raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")
     if new.out != old.out:
         folder = folder.branch_to(new.out)
     folder.write_json("config.json", dataclasses.asdict(new))
@@ -1040,6 +1105,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"sasr.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nsasr.py: interrupted before the first step; nothing to save", file=sys.stderr)
+        return 130
     except Stopped as stopped:
         print(f"stopped and saved; go on with: python sasr.py --resume {stopped.folder}", file=sys.stderr)
         return 128 + stopped.signal

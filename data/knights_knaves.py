@@ -149,13 +149,24 @@ def draw_claim(rng: random.Random, speaker: int, people: int, depth: int, width:
             return statement
 
 
+def operands_at_most(statement: Statement) -> int:
+    """The largest number of operands of any operator in the statement; 0 for an atom."""
+    operands = [operand for operand in statement[1:] if isinstance(operand, tuple)]
+    return max([len(operands), *map(operands_at_most, operands)])
+
+
 def draw_puzzles(rng: random.Random, count: int, people: int, depth: int, width: int) -> list[tuple[Statement, ...]]:
-    """`count` distinct puzzles with exactly one solution each. Raises ValueError when the space runs out of them."""
+    """`count` distinct puzzles with exactly one solution each. Raises ValueError when the space runs out of them.
+
+    Beyond the common width of 2, a puzzle holds at least one claim of the full width, so that none of them could have
+    been drawn with a smaller one: widths are domains apart.
+    """
     puzzles: dict[tuple[Statement, ...], None] = {}  # a dict for its order: the draw must not depend on hashes
     misses = 0
     while len(puzzles) < count:
         statements = tuple(draw_claim(rng, speaker, people, depth, width) for speaker in range(people))
-        if statements not in puzzles and len(solve(statements, people)) == 1:
+        wide_enough = width == 2 or max(map(operands_at_most, statements)) == width
+        if wide_enough and statements not in puzzles and len(solve(statements, people)) == 1:
             puzzles[statements] = None
             misses = 0
         elif (misses := misses + 1) == MAX_MISSES:

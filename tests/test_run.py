@@ -38,6 +38,7 @@ SMALL = {
     "eval_every": 4,
     "save_every": 3,
     "kl_coef": 0.05,
+    "lr_schedule": "constant",
     "device": "cpu",
 }
 
@@ -207,9 +208,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(tmp_path):
 
 def test_a_decay_branch_starts_from_a_stable_checkpoint(tmp_path):
     """A constant-rate run is branched: the same steps up to there, then a fall that ends the branch."""
-    sasr.train(config(tmp_path / "stable", lr_schedule="wsd", decay_steps=0, lr_warmup_steps=0, save_every=0))
+    sasr.train(config(tmp_path / "stable", lr_schedule="wsd", decay_fraction=0.0, lr_warmup_steps=0, save_every=0))
     before = lines(tmp_path / "stable")
-    said = {"out": str(tmp_path / "branch"), "steps": 15, "decay_steps": 5}
+    said = {"out": str(tmp_path / "branch"), "steps": 15, "decay_fraction": 1 / 3}
     branch, folder = sasr.resumed(str(tmp_path / "stable"), said)
     sasr.train(branch, resume=folder)
     records = lines(tmp_path / "branch")
@@ -233,6 +234,52 @@ def test_resuming_with_flags_that_contradict_the_past_is_refused(tmp_path, said,
     sasr.train(config(tmp_path / "x"))
     with pytest.raises(ValueError, match=named):
         sasr.resumed(str(tmp_path / "x"), said)
+
+
+@pytest.mark.parametrize(("controller", "said"), [("sft-then-grpo", {"steps": 20}), ("cosine", {"steps": 20})])
+def test_resuming_may_not_move_a_schedule_under_steps_already_taken(tmp_path, controller, said):
+    sasr.train(config(tmp_path / "x", controller=controller))
+    with pytest.raises(ValueError, match=f"--steps 20: would change the {controller} schedule"):
+        sasr.resumed(str(tmp_path / "x"), said)
+
+
+def test_resuming_with_other_data_is_refused(tmp_path):
+    sasr.train(config(tmp_path / "x"))
+    folder = RunFolder(tmp_path / "x")
+    changed = folder.read_json("config.json") | {"task": "knights-knaves:train_size=61,test_size=16"}
+    with pytest.raises(ValueError, match="other examples or another tokenizer"):
+        sasr.train(sasr.Config(**changed), resume=folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"stepz": 3}', "config.json: unknown setting 'stepz'"),
+        ('{"steps": "3"}', "config.json: --steps '3'"),
+        ("{", "JSON"),
+    ],
+)
+def test_a_broken_configuration_is_named(tmp_path, text, named):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        sasr.resumed(str(tmp_path), {})
+
+
+def test_metrics_that_lost_lines_are_not_padded(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    folder.log({"step": 1, "loss": float("nan")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
+    with pytest.raises(ValueError, match="lines are missing"):
+        folder.rewind_metrics(1000)
+
+
+def test_a_branch_takes_the_old_checkpoint_if_that_is_the_only_one(tmp_path):
+    folder = RunFolder(tmp_path / "x")
+    folder.create({})
+    folder.save_checkpoint({"w": torch.ones(2)}, {})
+    os.rename(tmp_path / "x/checkpoint", tmp_path / "x/checkpoint.old")
+    assert folder.branch_to(tmp_path / "y").load_checkpoint()[0]["w"].tolist() == [1, 1]
 
 
 def test_resuming_a_finished_run_with_more_steps_goes_on(tmp_path):
@@ -303,6 +350,7 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path):
         (["--model", "no/such/model"], "no/such/model/config.json: no such file"),
         (["--resume", "no/such/run"], "no/such/run/config.json: no such file"),
         (["--device", "abacus"], "--device abacus: not available here"),
+        (["--device", "meta"], "--device meta: not available here"),
         (["--eval-only"], "--eval-only needs --model"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

@@ -128,6 +128,13 @@ def test_a_group_that_agrees_has_no_advantage_and_a_group_of_one_is_no_nan():
         assert group_advantages(torch.tensor([[0.3], [1.0]]), mode).tolist() == [[0], [0]]
 
 
+def test_a_group_that_agrees_on_a_partial_reward_has_exactly_no_advantage():
+    """The mean of 16 times 0.1 is not 0.1 in floating point; the difference must not become a gradient."""
+    for group in (7, 16):
+        for mode in ("zscore", "centered", "median"):
+            assert not group_advantages(torch.full((1, group), 0.1), mode).any()
+
+
 def test_centered_and_median_advantages_by_hand():
     assert group_advantages(REWARDS, "centered")[1].tolist() == [0.75, -0.25, -0.25, -0.25]
     graded = torch.tensor([[0.0, 0.2, 0.9, 1.0], [0.0, 0.5, 0.5, 1.0]])
@@ -324,8 +331,8 @@ def test_score_is_in_the_order_of_the_batch():
 # ---- Learning rate, order, alpha -------------------------------------------------------------------------------------
 
 
-def rates(**flags):
-    config = Config(warmup_steps=4, steps=8, warmup_lr=1.0, lr=0.5, **flags)
+def rates(lr_schedule="constant", **flags):
+    config = Config(warmup_steps=4, steps=8, warmup_lr=1.0, lr=0.5, lr_schedule=lr_schedule, **flags)
     return [sasr.learning_rate(config, step) for step in range(1, 13)]
 
 
@@ -340,13 +347,13 @@ def test_cosine_falls_in_each_stage():
 
 
 def test_wsd_is_stable_then_falls_to_nearly_zero():
-    got = rates(lr_warmup_steps=0, lr_schedule="wsd", decay_steps=4)
+    got = rates(lr_warmup_steps=0, lr_schedule="wsd", decay_fraction=0.5)
     assert got == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125])
 
 
 def test_a_wsd_rate_before_the_decay_does_not_depend_on_the_length_of_the_run():
-    short = Config(warmup_steps=4, steps=8, lr_schedule="wsd", decay_steps=4)
-    long = dataclasses.replace(short, steps=100)
+    short = Config(warmup_steps=4, steps=8, lr_schedule="wsd", decay_fraction=0.5)
+    long = dataclasses.replace(short, steps=100, decay_fraction=0.9)
     assert [sasr.learning_rate(short, s) for s in range(1, 9)] == [sasr.learning_rate(long, s) for s in range(1, 9)]
 
 
@@ -446,17 +453,34 @@ def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_p
     assert ratios[0] < 1e-5 < ratios[1] < ratios[2]
 
 
-def test_a_probe_measures_and_does_not_step(tmp_path):
+def test_a_probe_measures_on_fresh_demonstrations_and_does_not_step(tmp_path):
     trainer = small_trainer(tmp_path)
     before = [p.clone() for p in trainer.model.parameters()]
-    measured = trainer.probe()
+    batch = trainer._demonstrations(trainer.task, 0, "probe")
+    expected = gradients(trainer.model, -torch.cat(logprobs_by_hand(trainer.model, batch)).mean())
+    first = trainer.probe()
+    assert first == pytest.approx(norm(expected), rel=1e-4)
     assert all((p == old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
-    assert trainer.sft_step()["grad_norm"] == pytest.approx(measured)  # the batch that the next step takes
+    assert trainer.probe() == first
+    trainer.state.step = 1
+    assert trainer.probe() != first, "a probe that repeats its batch cannot correct a low draw"
+
+
+def test_a_norm_that_is_not_finite_is_not_observed(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, gamma=0.0, warmup_steps=0)  # p = 1
+    trainer.between_steps()
+    norm_before, step_before = trainer.controller.g_last, trainer.state.norm_step
+    weights = [p.clone() for p in trainer.model.parameters()]
+    poisoned = {"loss": math.nan, "grad_norm": math.nan}
+    monkeypatch.setattr(sasr, "accumulate_gradient", lambda *_, **__: poisoned)
+    assert trainer.adaptive_step()["kind"] == "sft"
+    assert (trainer.controller.g_last, trainer.state.norm_step) == (norm_before, step_before)
+    assert all((p == old).all() for p, old in zip(trainer.model.parameters(), weights, strict=True))
 
 
 def test_probe_every_bounds_the_age_of_the_norm(tmp_path):
     trainer = small_trainer(tmp_path, gamma=1e6, warmup_steps=0, steps=12, probe_every=3)  # p is nearly 0
-    trainer.milestone()
+    trainer.between_steps()
     ages = []
     for _ in range(12):
         ages.append(trainer.adaptive_step()["sft_norm_age"])
@@ -466,18 +490,19 @@ def test_probe_every_bounds_the_age_of_the_norm(tmp_path):
 
 def test_without_warmup_the_yardstick_is_measured(tmp_path):
     trainer = small_trainer(tmp_path, warmup_steps=0)
-    trainer.milestone()
+    trainer.between_steps()
     assert trainer.controller.sft_probability() == pytest.approx(0.5)
     assert trainer.controller.g_warmup == pytest.approx(trainer.probe())
+    assert trainer.state.norm_step == 0
 
 
 def test_adaptive_step_obeys_alpha_and_refreshes_the_norm_only_after_sft(tmp_path):
     trainer = small_trainer(tmp_path, steps=30)
-    trainer.milestone()
+    trainer.between_steps()
     for _ in range(3):
         trainer.warmup_step()
         trainer.state.step += 1
-    trainer.milestone()
+    trainer.between_steps()
     kinds = set()
     for _ in range(20):
         g_last = trainer.controller.g_last
@@ -494,12 +519,12 @@ def test_adaptive_step_obeys_alpha_and_refreshes_the_norm_only_after_sft(tmp_pat
 @pytest.mark.parametrize(("kl_coef", "reference"), [(0.1, "warmup"), (0.1, "initial"), (0.0, "warmup")])
 def test_the_reference_policy_is_frozen_where_it_was_asked_for(tmp_path, kl_coef, reference):
     trainer = small_trainer(tmp_path, kl_coef=kl_coef, reference=reference)
-    trainer.milestone()
+    trainer.between_steps()
     initial = trainer.model.head.detach().clone()
     for _ in range(3):
         trainer.warmup_step()
         trainer.state.step += 1
-    trainer.milestone()
+    trainer.between_steps()
     warmed = trainer.model.head.detach().clone()
     if not kl_coef:
         assert trainer.reference is None
@@ -509,11 +534,18 @@ def test_the_reference_policy_is_frozen_where_it_was_asked_for(tmp_path, kl_coef
     assert not any(p.requires_grad for p in trainer.reference.parameters())
 
 
-def test_warming_up_on_another_task(tmp_path):
+def test_warming_up_on_another_task(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, warmup_task="countdown:train_size=20,test_size=5")
-    assert "numbers" in trainer.tokenizer.decode(trainer.sft_batch().prompts[0])
-    trainer.state.step = 3
-    assert "numbers" not in trainer.tokenizer.decode(trainer.sft_batch().prompts[0])
+    seen = []
+    monkeypatch.setattr(
+        sasr, "accumulate_gradient", lambda model, batch, *_: seen.append(batch) or {"loss": 0.0, "grad_norm": 1.0}
+    )
+    for step in (2, 3):
+        trainer.state.step = step
+        trainer.sft_step()
+    last_of_warmup, first_of_adaptive = (trainer.tokenizer.decode(batch.prompts[0]) for batch in seen)
+    assert "numbers" in last_of_warmup
+    assert "numbers" not in first_of_adaptive
 
 
 def test_examples_without_demonstration_serve_grpo_only(tmp_path):
@@ -526,6 +558,46 @@ def test_examples_without_demonstration_serve_grpo_only(tmp_path):
     with pytest.raises(ValueError, match="no example has a demonstration"):
         small_trainer(tmp_path, task=nothing)
     small_trainer(tmp_path, task=nothing, controller="grpo", warmup_steps=0)
+    small_trainer(tmp_path, task=nothing, controller="alternate", alternate="0:1", warmup_steps=0)
+
+
+def test_empty_splits_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no training examples"):
+        small_trainer(tmp_path, task="knights-knaves:train_size=0,test_size=4")
+    with pytest.raises(ValueError, match="no test examples"):
+        small_trainer(tmp_path, task="knights-knaves:train_size=4,test_size=0")
+
+
+def test_out_of_domain_puzzles_could_not_have_been_training_puzzles(tmp_path):
+    trainer = small_trainer(tmp_path, task="knights-knaves", ood_task="auto")
+    seen = {e.prompt for e in trainer.task.source.train + trainer.task.source.test}
+    assert len(trainer.ood_task.source.test) == 512
+    for example in trainer.ood_task.source.test:
+        assert example.prompt not in seen
+        assert any(line.count(" and ") == 2 or line.count(" or ") == 2 for line in example.prompt.splitlines())
+
+
+def test_a_demonstration_gets_no_special_tokens_of_a_beginning():
+    from tokenizers.processors import TemplateProcessing
+
+    task = sasr.load_task_spec("knights-knaves:train_size=4,test_size=2", "", 0)
+    tokenizer = sasr.train_tokenizer([e.prompt + e.demonstration for e in task.train], 300)
+    tokenizer.add_special_tokens(["<s>"])
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    prompt, completion = sasr.TokenizedTask(task, tokenizer, 0, 0).demonstrations[0]
+    assert prompt[0] == start
+    assert start not in completion
+    assert completion[-1] == 0
+
+
+def test_the_time_left_counts_steps_and_evaluations_still_to_come():
+    config = Config(warmup_steps=10, steps=10, eval_every=0, controller="alternate")
+    seconds = {"warmup": 10.0, "sft": 2.0, "grpo": 6.0, "eval": 8.0}
+    state = sasr.State(step=14, sft_steps=2, grpo_steps=2, seconds=seconds)  # 1 s an SFT step, 3 s a GRPO step
+    assert sasr.seconds_left(config, state) == pytest.approx(6 * 2 + 4)  # 6 steps at 2 s, one evaluation at 4 s
+    state = sasr.State(step=1, seconds={"warmup": 1.0, "sft": 0.0, "grpo": 0.0, "eval": 60.0})
+    assert sasr.seconds_left(config, state) < 9 + 10 * 8 + 2 * 60 + 1
 
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -538,13 +610,16 @@ def test_examples_without_demonstration_serve_grpo_only(tmp_path):
         ({"steps": -1}, "--steps -1"),
         ({"group_size": 0}, "--group-size 0"),
         ({"lr": math.nan}, "--lr nan"),
+        ({"steps": "20"}, "--steps '20'"),
+        ({"steps": True}, "--steps True"),
+        ({"beta1": 1.0}, "--beta1 1.0"),
         ({"lr": math.inf}, "--lr inf"),
         ({"sft_fraction": 1.5}, "--sft-fraction 1.5"),
         ({"temperature": 0.0}, "--temperature 0"),
         ({"alternate": "2"}, "--alternate 2"),
         ({"alternate": "0:0"}, "--alternate 0:0"),
         ({"hidden_size": 100, "heads": 3}, "--hidden-size 100"),
-        ({"lr_schedule": "wsd", "decay_steps": 10, "steps": 5}, "--decay-steps 10"),
+        ({"decay_fraction": 1.5}, "--decay-fraction 1.5"),
     ],
     ids=str,
 )

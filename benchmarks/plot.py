@@ -1,8 +1,9 @@
-"""Draw what happened in one or more runs: p_t and the SFT norm, reward, accuracy, loss over the steps.
+"""Draw what happened in one or more runs: p_t, the SFT gradient norm, reward and accuracy over the steps.
 
     python benchmarks/plot.py runs/x [runs/y ...] --out picture.png
 
-Warm-up is shaded; dots are single steps, lines are running means (as long as --smooth says, in steps).
+Warm-up is shaded; dots are single steps, lines are running means (over as many dots as --smooth says). The dotted
+line is G_warmup, the yardstick of p_t, where the run has ended and left a summary.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ def read_metrics(run: Path) -> list[dict]:
     if not records:
         raise ValueError(f"{file}: no step has been logged yet")
     return records
+
+
+def read_summary(run: Path) -> dict:
+    """What a finished run says of itself; nothing while it is still going."""
+    file = run / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def series(records: list[dict], key: str, kind: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -60,11 +67,16 @@ def picture(runs: list[Path], width: int):
         draw(decision, records, "p_sft", name, colour, width)
         draw(norms, records, "grad_norm", f"{name}: SFT", colour, width, "sft")
         draw(rewards, records, "reward_mean", name, colour, width)
-        steps, values = series(records, "eval/accuracy")
-        accuracy.plot(steps, 100 * values, "o-", color=colour, label=f"{name}: in domain")
-        steps, values = series(records, "eval/accuracy_ood")
-        if len(steps):
-            accuracy.plot(steps, 100 * values, "o--", alpha=0.6, color=colour, label=f"{name}: out of domain")
+        summary = read_summary(run)
+        if summary.get("g_warmup") is not None:
+            norms.axhline(summary["g_warmup"], color=colour, linestyle=":", linewidth=1)
+        for suffix, style, label in (("", "o-", "in domain"), ("_ood", "o--", "out of domain")):
+            steps, values = series(records, f"eval/accuracy{suffix}")
+            before = summary.get(f"accuracy_before{suffix}")
+            if before is not None:
+                steps, values = np.append(0, steps), np.append(before, values)
+            if len(steps):
+                accuracy.plot(steps, 100 * values, style, markersize=4, color=colour, label=f"{name}: {label}")
         warmup = max((r["step"] for r in records if r["phase"] == "warmup"), default=0)
         for axis in axes.flat:
             axis.axvspan(0, warmup, color="0.93", zorder=-1)
@@ -91,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="PNG to write (default: metrics.png in the first run's folder)")
-    parser.add_argument("--smooth", type=int, default=20, help="steps of the running mean (default 20)")
+    parser.add_argument("--smooth", type=int, default=20, help="dots that the running mean takes in (default 20)")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "metrics.png"
     try:

@@ -1,0 +1,65 @@
+"""The pictures and tables: they show what the files say, and name a folder that is no run."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from benchmarks import compare, plot
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    records = [
+        {"step": 1, "phase": "warmup", "kind": "sft", "grad_norm": 2.0},
+        {"step": 2, "phase": "warmup", "kind": "sft", "grad_norm": 1.0, "eval/accuracy": 0.25},
+        {"step": 3, "phase": "adaptive", "kind": "grpo", "grad_norm": 9.0, "p_sft": 0.5, "reward_mean": 0.75},
+        {"step": 4, "phase": "adaptive", "kind": "sft", "grad_norm": None, "p_sft": 0.4, "eval/accuracy": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "summary.json").write_text(json.dumps({"g_warmup": 1.0, "accuracy_before": 0.125}))
+    return tmp_path
+
+
+def test_the_picture_shows_the_numbers(a_run):
+    figure = plot.picture([a_run], width=1)
+    decision, norms, rewards, accuracy = figure.axes
+    assert decision.lines[1].get_xydata().tolist() == [[3, 0.5], [4, 0.4]]
+    assert norms.lines[1].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]  # SFT steps with a norm, not GRPO's
+    assert norms.lines[2].get_ydata()[0] == 1.0
+    assert rewards.lines[1].get_xydata().tolist() == [[3, 0.75]]
+    assert accuracy.lines[0].get_xydata().tolist() == [[0, 12.5], [2, 25], [4, 50]]
+    plt.close(figure)
+
+
+def test_running_mean_by_hand():
+    assert plot.smooth(plot.np.array([4.0, 2.0, 0.0, 6.0]), 2).tolist() == [4, 3, 1, 3]
+
+
+def test_plot_writes_a_png(a_run, capsys):
+    assert plot.main([str(a_run)]) == 0
+    assert (a_run / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == str(a_run / "metrics.png")
+
+
+def test_compare_groups_seeds_and_gives_intervals_by_hand(tmp_path, capsys):
+    for seed, (controller, warmup, final) in enumerate([("sasr", 0.4, 0.6), ("sasr", 0.5, 0.8), ("sft", 0.4, 0.5)]):
+        summary = {"controller": controller, "seed": seed, "sft_steps": 10, "seconds": 60.0}
+        summary |= {"accuracy_warmup": warmup, "accuracy_final": final}
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
+    assert compare.main([str(tmp_path / name) for name in "012"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    table = json.loads(last)
+    assert table["sasr"]["final"][0] == pytest.approx(70)
+    assert table["sasr"]["final"][1] == pytest.approx(12.71 * 10)  # stdev of (60, 80) is 14.14, over sqrt(2) is 10
+    assert table["sasr"]["least_gain"] == pytest.approx(20)
+    assert table["sft"]["final"] == [pytest.approx(50), None]
+    assert "70.0 ± 127.1" in lines[1]
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("tool", [plot, compare])
+def test_a_folder_that_is_no_run_is_named(tool, tmp_path, capsys):
+    assert tool.main([str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err

@@ -35,8 +35,10 @@ Where the paper is silent or we depart from it:
     sequence: a long answer does not count less per token.
   * The standard deviation in (4) is that of the group itself (divided by G, not G - 1), so that a group of
     one has advantage 0 and not NaN.
-  * A GRPO step whose groups all agree (no reward differs) is skipped: it has no gradient, and Adam would
-    move the weights all the same.
+  * A GRPO step whose groups all agree (no reward differs) is skipped: the objective has no gradient, and Adam
+    would move the weights all the same, on momentum.
+  * Completions are drawn and scored at the same temperature, without top-k or top-p, so that the policy
+    which is scored is the policy which was sampled.
   * No random state is ever stored. Every draw comes from a generator seeded with (seed, purpose, step), so
     a resumed run draws what the uninterrupted one would have drawn.
 """
@@ -399,7 +401,7 @@ class Config:
     current_norm: str = option("last", "sasr: G_last_sft is the last SFT norm, or an EMA of them", ("last", "ema"))
     norm_ema: float = option(0.9, "sasr: decay of both EMAs, per SFT step", low=0)
     probe_every: int = option(
-        0, "sasr: refresh a norm of this age (steps) by an SFT gradient without a step; 0: off", low=0
+        0, "refresh a norm of this age (steps) by an SFT gradient without a step; 0: off", low=0
     )
     switch_step: int = option(0, "sft-then-grpo: adaptive step at which GRPO begins; 0: half-way", low=0)
     alternate: str = option("1:1", "alternate: SFT steps : GRPO steps")
@@ -788,7 +790,8 @@ class Trainer:
     def adaptive_step(self) -> dict:
         """The heart of the method: look at the norm, draw, then learn from the textbook or from practice."""
         state, controller = self.state, self.controller
-        if self.config.probe_every and state.step - state.norm_step >= self.config.probe_every:
+        stale = self.config.probe_every and state.step - state.norm_step >= self.config.probe_every
+        if stale and self.task.demonstrations:
             self._observe(controller.observe_sft, self.probe(), state.step)
         decision = {
             "p_sft": controller.sft_probability(state.step - self.config.warmup_steps),

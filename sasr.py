@@ -386,7 +386,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
     # --- how long
     warmup_steps: int = option(250, "SFT steps before the adaptive stage", low=0)
-    steps: int = option(400, "steps of the adaptive stage", low=0)
+    steps: int = option(500, "steps of the adaptive stage", low=0)
     # --- who decides between SFT and GRPO
     controller: str = option(
         "sasr",
@@ -436,7 +436,7 @@ class Config:
         ("constant", "cosine", "wsd"),
     )
     lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins", low=0)
-    decay_fraction: float = option(0.375, "wsd: share of --steps over which the rate falls; 0: it never does", low=0)
+    decay_fraction: float = option(0.5, "wsd: share of --steps over which the rate falls; 0: it never does", low=0)
     weight_decay: float = option(0.1, "AdamW's, on matrices", low=0)
     beta1: float = option(0.9, "AdamW's decay of the mean", low=0)
     beta2: float = option(0.98, "AdamW's decay of the square", low=0)
@@ -445,7 +445,7 @@ class Config:
         0, "tokens, padding included, that go through the model at once; 0: 2048 on a CPU, 16384 on CUDA", low=0
     )
     # --- evaluation and files
-    eval_every: int = option(100, "steps between evaluations; 0: only before, between and after the stages", low=0)
+    eval_every: int = option(125, "steps between evaluations; 0: only before, between and after the stages", low=0)
     eval_examples: int = option(512, "test examples an evaluation, decoded greedily", low=1)
     save_every: int = option(100, "steps between checkpoints; 0: only at the end", low=0)
     out: str = option("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")

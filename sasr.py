@@ -400,9 +400,7 @@ class Config:
     warmup_norm_window: int = option(20, "sasr: steps that --warmup-norm mean averages over", low=1)
     current_norm: str = option("last", "sasr: G_last_sft is the last SFT norm, or an EMA of them", ("last", "ema"))
     norm_ema: float = option(0.9, "sasr: decay of both EMAs, per SFT step", low=0)
-    probe_every: int = option(
-        0, "refresh a norm of this age (steps) by an SFT gradient without a step; 0: off", low=0
-    )
+    probe_every: int = option(0, "refresh a norm of this age (steps) by an SFT gradient without a step; 0: off", low=0)
     switch_step: int = option(0, "sft-then-grpo: adaptive step at which GRPO begins; 0: half-way", low=0)
     alternate: str = option("1:1", "alternate: SFT steps : GRPO steps")
     sft_fraction: float = option(0.5, "random: the constant p_t", low=0)

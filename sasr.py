@@ -38,7 +38,8 @@ Where the paper is silent or we depart from it:
   * A GRPO step whose groups all agree (no reward differs) is skipped: the objective has no gradient, and Adam
     would move the weights all the same, on momentum.
   * Completions are drawn and scored at the same temperature, without top-k or top-p, so that the policy
-    which is scored is the policy which was sampled.
+    which is scored is the policy which was sampled. pi_old is scored by the trainer too, not taken from the
+    sampler, which on CUDA works with a bf16 copy.
   * No random state is ever stored. Every draw comes from a generator seeded with (seed, purpose, step), so
     a resumed run draws what the uninterrupted one would have drawn.
 """
@@ -1085,8 +1086,7 @@ def evaluate_only(config: Config) -> str:
     if not config.model:
         raise ValueError("--eval-only needs --model, a checkpoint directory")
     trainer = Trainer(dataclasses.replace(config, warmup_steps=0, steps=0))
-    scores = trainer.evaluate()
-    return "\n".join(f"{name:16}{score:8.1%}  of {config.eval_examples} at most" for name, score in scores.items())
+    return "\n".join(f"{name:16}{score:8.1%}" for name, score in trainer.evaluate().items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1107,7 +1107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sasr.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nsasr.py: interrupted before the first step; nothing to save", file=sys.stderr)
+        print("\nsasr.py: interrupted; the last checkpoint, if there was one, is intact", file=sys.stderr)
         return 130
     except Stopped as stopped:
         print(f"stopped and saved; go on with: python sasr.py --resume {stopped.folder}", file=sys.stderr)

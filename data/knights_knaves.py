@@ -390,8 +390,8 @@ def generate(
 
     wording: `terse` or `natural`; it changes the text, not the puzzles. demonstrations: how many training examples,
     from the first, have one (None: all); test examples always do. depth: nesting of a statement, 2 is one operator
-    over atoms as published. width: most operands of `and` and `or`. The test split is drawn first, so that it stays
-    the same for every train_size.
+    over atoms as published. width: most operands of `and` and `or`; beyond 2, every puzzle has a claim that wide. The
+    test split is drawn first, so that it stays the same for every train_size.
 
     Raises ValueError on a bad option, or when there are not enough distinct puzzles.
     """

@@ -1,8 +1,8 @@
 """A decoder-only transformer (Llama, Qwen2, Qwen3) with a KV cache, and its checkpoints in and out.
 
-Read it bottom-up in one go: configuration, rotary positions, cache, attention, MLP, the stack, the files.
+Read it top to bottom: configuration, rotary positions, cache, attention, MLP, the stack, the files.
 Parameters carry their Hugging Face names, so a checkpoint loads without a mapping table, and what
-`save_pretrained` writes opens in transformers and vLLM.
+`save_pretrained` writes opens in transformers.
 
 Three things differ from the code that people know:
 
@@ -112,7 +112,7 @@ class ModelConfig:
             raise ValueError(f"config: {str(error).replace('ModelConfig.__init__() ', '')}") from None
 
     def to_dict(self) -> dict:
-        """The config.json that transformers and vLLM read."""
+        """The config.json that transformers reads."""
         return asdict(self) | {
             "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",

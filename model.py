@@ -7,13 +7,14 @@ Parameters carry their Hugging Face names, so a checkpoint loads without a mappi
 Three things differ from the code that people know:
 
 * `forward` returns hidden states, not logits. A training step needs the logits of the drawn tokens only,
-  and `kernels.token_logprobs` gets those without ever holding a [N, V] matrix.
+  and `kernels.token_logprobs` gets those without holding a large [N, V] matrix.
 * A row's token at position p lives in cache slot p. One rule, `slot <= position`, is then the whole
   attention mask: ragged prompts are padded on the right, and a pad's slot is overwritten by the first
   real token that needs it before anyone may look at it.
 * There is no attention mask argument. Right padding and causality make it unnecessary in training too.
 
-Shape letters: B sequences, T time, S cache slots, D hidden, H query heads, K key-value heads, V vocabulary.
+Shape letters: B sequences, T time, S cache slots, D hidden, H query heads, K key-value heads, L layers, V vocabulary,
+N completion tokens.
 """
 
 from __future__ import annotations

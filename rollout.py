@@ -86,7 +86,7 @@ def draw(logits: Tensor, params: SamplingParams, generator: torch.Generator | No
 
 @torch.no_grad()
 def prefill(model: Transformer, prompts: list[list[int]]) -> tuple[Tensor, KVCache, Tensor]:
-    """Read the prompts Q, padded on the right; return last logits [Q, V], the cache, and lengths [Q]."""
+    """Read Q prompts, padded on the right; return last logits [Q, V], the cache, and lengths [Q]."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [Q]
     longest = max(len(prompt) for prompt in prompts)
     rows = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
@@ -163,6 +163,18 @@ def generate(
     )
 
 
+def resolve_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one. Raises ValueError where the device is not to be had."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("choose cpu or cuda")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
 def load_pretrained(path: str | Path, device="cpu") -> tuple[Transformer, Tokenizer, tuple[int, ...]]:
     """A checkpoint directory's model, its tokenizer, and the tokens that end a completion.
 
@@ -197,13 +209,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep this much probability (default 1.0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer, stops = load_pretrained(args.model, args.device)
+        device = resolve_device(args.device)
+        model, tokenizer, stops = load_pretrained(args.model, device)
         params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, stops)
         prompt = tokenizer.encode(args.prompt if args.prompt is not None else sys.stdin.read()).ids
-        generator = torch.Generator(args.device).manual_seed(args.seed)
+        generator = torch.Generator(device).manual_seed(args.seed)
         rollout = generate(model, [prompt], params, group_size=args.samples, generator=generator)
     except ValueError as error:
         print(f"rollout.py: {error}", file=sys.stderr)

@@ -166,9 +166,9 @@ class Progress:
     def __init__(self, stream=sys.stderr):
         self.stream, self.live, self.last = stream, stream.isatty(), float("-inf")
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, *, last: bool = False) -> None:
         now = time.monotonic()
-        if now - self.last < (0.1 if self.live else 10):
+        if not last and now - self.last < (0.1 if self.live else 10):
             return
         self.last = now
         width = shutil.get_terminal_size().columns - 1
@@ -197,13 +197,17 @@ def clock(seconds: float) -> str:
 
 def provenance(device: torch.device) -> dict:
     """What produced a result: versions, machine and commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    ask = ["git", "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(
+            ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
-        "git_commit": commit or None,
+        "git_commit": commit,
     }

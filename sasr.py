@@ -14,7 +14,7 @@ G_warmup, becomes the yardstick. Then, at every one of T adaptive steps,
     otherwise   :  one GRPO step on the model's own samples
 
     L_SFT  = - mean over tokens of log pi(e_t | x, e_<t)                                          (2)
-    L_GRPO = - mean over tokens of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta k3       (3)
+    L_GRPO = - mean over tokens of [ min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta k3 ]   (3)
     r = pi(o_t) / pi_old(o_t),   A = (reward - mean of its group) / (std of its group + eps)      (4)
 
 Why a gradient norm? L_SFT = H(p_data) + KL(p_data || pi_theta), so grad L_SFT is the gradient of the
@@ -51,6 +51,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import sys
 import time
@@ -68,7 +69,7 @@ import kernels
 from data import Task, load_task
 from data.tokenizer import END, train_tokenizer
 from model import ModelConfig, Transformer
-from rollout import Rollout, SamplingParams, generate, load_pretrained
+from rollout import Rollout, SamplingParams, generate, load_pretrained, resolve_device
 from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
 # ============================================================================= controllers
@@ -182,8 +183,9 @@ def group_advantages(rewards: Tensor, mode: str = "zscore", eps: float = 1e-4) -
     """How much better each completion did than its group. rewards [Q, G] -> advantages [Q, G].
 
     `zscore` is equation (4) (arXiv 2402.03300); `centered` leaves the division out (Dr. GRPO, arXiv 2503.20783);
-    `median` splits the group into G+ above its median (+1) and G- below it (-1).
+    `median` splits the group into G+ above its median (+1) and G- below it (-1); a reward at the median gets 0.
     """
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     if mode == "median":
         return torch.sign(rewards - rewards.quantile(0.5, dim=1, keepdim=True))
     if mode not in ("zscore", "centered"):
@@ -387,7 +389,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
     # --- how long
     warmup_steps: int = option(250, "SFT steps before the adaptive stage", low=0)
-    steps: int = option(500, "steps of the adaptive stage", low=0)
+    steps: int = option(500, "steps of the adaptive stage, counted from its beginning also on --resume", low=0)
     # --- who decides between SFT and GRPO
     controller: str = option(
         "sasr",
@@ -552,7 +554,7 @@ class TokenizedTask:
 
 
 def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transformer:
-    """A small Qwen3-shaped model with random weights: the same for the same seed. Rotary positions cost nothing."""
+    """A small Qwen3-shaped model with random weights: the same for the same seed."""
     shape = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=config.hidden_size,
@@ -561,24 +563,13 @@ def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transform
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
         head_dim=config.hidden_size // config.heads,
-        max_position_embeddings=max(context, 4096),
+        max_position_embeddings=max(context, 4096),  # a limit, not a table: rotary positions take no memory
         tie_word_embeddings=True,
         eos_token_id=tokenizer.token_to_id(END),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Transformer(shape)
-
-
-def resolve_device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("choose cpu or cuda")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-    return device
 
 
 # Randomness without state: a draw is a function of the seed, its purpose, and a count.
@@ -602,7 +593,7 @@ def shuffled(population: int, start: int, count: int, seed: int, purpose: str) -
 
 @dataclass
 class State:
-    """Where a run is. With weights, optimizer and controller, this is all that a resume needs."""
+    """Where a run is. With weights, optimizer, controller and reference policy, this is all that a resume needs."""
 
     step: int = 0  # steps done, warm-up and adaptive counted through
     sft_steps: int = 0  # of the adaptive stage
@@ -831,7 +822,16 @@ class Trainer:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
         return scores
 
-    # --- in and out of a checkpoint
+    # --- in and out of files
+
+    def save_model(self, path: Path) -> None:
+        """Weights and tokenizer in Hugging Face layout."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save(str(path / "tokenizer.json"))
+        # Without a class named, transformers guesses one from config.json, with another way to split digits.
+        end = self.tokenizer.id_to_token(self.stop_token_ids[0])
+        named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+        (path / "tokenizer_config.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, Adam's moments and the reference policy, each under its own prefix."""
@@ -909,18 +909,14 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
             state.step += 1
             scores = trainer.between_steps()
             folder.log({"step": state.step} | record | {f"eval/{key}": value for key, value in scores.items()})
-            progress.show(progress_line(config, state, record))
             last = state.step == total_steps(config)
+            progress.show(progress_line(config, state, record), last=last)
             if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
                 folder.save_checkpoint(trainer.tensors(), trainer.saved_state())
             if interrupt.signal and not last:
                 raise Stopped(interrupt.signal, folder.path)
 
-    def save_model(path: Path) -> None:
-        trainer.model.save_pretrained(path)
-        trainer.tokenizer.save(str(path / "tokenizer.json"))
-
-    folder.replace_folder("model", save_model)
+    folder.replace_folder("model", trainer.save_model)
     summary = state.accuracy | {
         "controller": config.controller,
         "task": config.task,
@@ -958,7 +954,8 @@ def headline(trainer: Trainer, out: Path) -> str:
         f"{len(task.demonstrations)} with a demonstration\n"
         f"{parameters / 1e6:.2f} M parameters {origin}, on {trainer.device}; {config.warmup_steps} warm-up steps, "
         f"then {config.steps} adaptive ones\n"
-        f"writing to {out}; first, an evaluation"
+        f"writing to {out}; "
+        + (f"resuming after step {trainer.state.step}" if trainer.state.step else "first, an evaluation")
     )
 
 
@@ -1068,7 +1065,8 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
         raise ValueError(f"--steps {new.steps}: the run has already taken {done - new.warmup_steps}")
     if any(learning_rate(old, step) != learning_rate(new, step) for step in range(1, done + 1)):
         raise ValueError(
-            "--steps, --decay-fraction or --lr-schedule would change the learning rate of steps already taken"
+            f"--steps, --decay-fraction or --lr-schedule would change the learning rate of the {done} steps already "
+            "taken; a decay must begin after them, and --steps counts the whole adaptive stage"
         )
     decided = max(done - new.warmup_steps, 0)
     controllers = make_controller(old), make_controller(new)
@@ -1076,7 +1074,7 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
         before, after = ([c.sft_probability(t) for t in range(decided)] for c in controllers)
         if before != after:
             raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")
-    if new.out != old.out:
+    if "out" in said and Path(new.out).resolve() != folder.path.resolve():
         folder = folder.branch_to(new.out)
     folder.write_json("config.json", dataclasses.asdict(new))
     return new, folder
@@ -1090,7 +1088,7 @@ def evaluate_only(config: Config) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done; 2: bad input, one line on standard error; 130 or 143: interrupted and saved."""
+    """Exit code 0: done; 2: bad input or files, one line on standard error; 130 or 143: interrupted and saved."""
     said = vars(parse_flags(argv))
     resume, eval_only = said.pop("resume", None), said.pop("eval_only", False)
     try:

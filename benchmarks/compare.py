@@ -2,8 +2,8 @@
 
     python benchmarks/compare.py runs/*
 
-Runs are grouped by controller. The interval is Student's t over seeds: what another seed would bring, not what another
-sample of test problems would. One seed has no interval.
+Runs are grouped by controller and task; runs that have not finished are named and left out. The interval is Student's
+t over seeds: what another seed would bring, not what another sample of test problems would. One seed has no interval.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from pathlib import Path
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-def read_summary(run: Path) -> dict:
+def read_summary(run: Path) -> dict | None:
     file = run / "summary.json"
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} is not the folder of a run")
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; has {run} finished?")
+        print(f"compare.py: {run} has not finished and is left out", file=sys.stderr)
+        return None
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -34,10 +37,15 @@ def interval(values: list[float]) -> float | None:
 
 
 def compare(summaries: list[dict]) -> dict[str, dict]:
-    """By controller: the seeds, and (mean, half interval) of each figure over them."""
+    """By controller and task: the seeds, and (mean, half interval) of each figure over them."""
+    groups: dict[str, list[dict]] = {}
+    for summary in summaries:
+        groups.setdefault(f"{summary['controller']} on {summary['task']}", []).append(summary)
     table = {}
-    for name in sorted({s["controller"] for s in summaries}):
-        group = [s for s in summaries if s["controller"] == name]
+    for name, group in sorted(groups.items()):
+        seeds = sorted(s["seed"] for s in group)
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{name}: a seed was given twice ({seeds}); an interval needs runs that differ")
         figures = {
             "warmup": [100 * s["accuracy_warmup"] for s in group],
             "final": [100 * s["accuracy_final"] for s in group],
@@ -47,7 +55,7 @@ def compare(summaries: list[dict]) -> dict[str, dict]:
             "seconds": [s["seconds"] for s in group],
         }
         means = {key: (statistics.mean(v), interval(v)) for key, v in figures.items() if v}
-        table[name] = {"seeds": sorted(s["seed"] for s in group), "least_gain": min(figures["gain"])} | means
+        table[name] = {"seeds": seeds, "least_gain": min(figures["gain"])} | means
     return table
 
 
@@ -59,11 +67,12 @@ def show(table: dict[str, dict]) -> str:
         return f"{mean:.{digits}f}{'' if half is None else f' ± {half:.{digits}f}'}".rjust(14)
 
     columns = ("warmup", "final", "gain", "final_ood", "sft_steps", "seconds")
-    lines = [f"{'controller':14}{'seeds':>6}" + "".join(f"{column:>14}" for column in columns)]
+    width = max(map(len, table), default=0) + 1
+    lines = [f"{'':{width}}{'seeds':>6}" + "".join(f"{column:>14}" for column in columns)]
     for name, row in table.items():
         digits = {"sft_steps": 0, "seconds": 0}
         cells = "".join(cell(row, column, digits.get(column, 1)) for column in columns)
-        lines.append(f"{name:14}{len(row['seeds']):6}{cells}")
+        lines.append(f"{name:{width}}{len(row['seeds']):6}{cells}")
     return "\n".join(lines)
 
 
@@ -72,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     args = parser.parse_args(argv)
     try:
-        table = compare([read_summary(run) for run in args.runs])
+        table = compare([summary for run in args.runs if (summary := read_summary(run))])
     except (ValueError, KeyError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

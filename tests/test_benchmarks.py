@@ -44,19 +44,27 @@ def test_plot_writes_a_png(a_run, capsys):
 
 def test_compare_groups_seeds_and_gives_intervals_by_hand(tmp_path, capsys):
     for seed, (controller, warmup, final) in enumerate([("sasr", 0.4, 0.6), ("sasr", 0.5, 0.8), ("sft", 0.4, 0.5)]):
-        summary = {"controller": controller, "seed": seed, "sft_steps": 10, "seconds": 60.0}
+        summary = {"controller": controller, "task": "t", "seed": seed, "sft_steps": 10, "seconds": 60.0}
         summary |= {"accuracy_warmup": warmup, "accuracy_final": final}
         (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "config.json").write_text("{}")
         (tmp_path / str(seed) / "summary.json").write_text(json.dumps(summary))
     assert compare.main([str(tmp_path / name) for name in "012"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     table = json.loads(last)
-    assert table["sasr"]["final"][0] == pytest.approx(70)
-    assert table["sasr"]["final"][1] == pytest.approx(12.71 * 10)  # stdev of (60, 80) is 14.14, over sqrt(2) is 10
-    assert table["sasr"]["least_gain"] == pytest.approx(20)
-    assert table["sft"]["final"] == [pytest.approx(50), None]
+    assert table["sasr on t"]["final"][0] == pytest.approx(70)
+    assert table["sasr on t"]["final"][1] == pytest.approx(12.71 * 10)  # stdev of (60, 80) is 14.14, over sqrt(2) is 10
+    assert table["sasr on t"]["least_gain"] == pytest.approx(20)
+    assert table["sft on t"]["final"] == [pytest.approx(50), None]
     assert "70.0 ± 127.1" in lines[1]
     assert max(map(len, lines)) <= 120
+    assert compare.main([str(tmp_path / name) for name in "00"]) == 2
+    assert "a seed was given twice" in capsys.readouterr().err
+    (tmp_path / "1/summary.json").unlink()
+    assert compare.main([str(tmp_path / name) for name in "01"]) == 0
+    captured = capsys.readouterr()
+    assert "has not finished" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["sasr on t"]["seeds"] == [0]
 
 
 @pytest.mark.parametrize("tool", [plot, compare])

@@ -100,6 +100,28 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     assert not list((tmp_path / "x").glob("*.tmp"))
 
 
+def test_transformers_reads_the_saved_model_and_its_tokenizer_as_we_do(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    task = {"task": "countdown:train_size=60,test_size=16", "ood_task": "none"}  # digits: where splitting rules differ
+    sasr.train(config(tmp_path / "x", steps=0, **task))
+    ours, tokenizer, stops = sasr.load_pretrained(tmp_path / "x/model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x/model")
+    auto = AutoTokenizer.from_pretrained(tmp_path / "x/model")
+    assert (auto.eos_token_id,) == stops
+    for text in ("numbers 50 98 3 target 51\n", "98 - 50 = 48, 48 + 3 = 51 yes\n<answer> (98 - 50) + 3 </answer>"):
+        ids = tokenizer.encode(text).ids
+        assert auto(text)["input_ids"] == ids
+        assert auto.decode(ids) == text
+        logits = ours.logits(ours(torch.tensor([ids])))
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_provenance_does_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run.provenance(torch.device("cpu"))["git_commit"] is None
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     sasr.train(config(tmp_path / "x", steps=0))
     before = (tmp_path / "x/metrics.jsonl").read_bytes()
@@ -153,6 +175,8 @@ def test_the_progress_line_rewrites_itself_on_a_terminal_only():
         progress = run.Progress(stream)
         progress.show("step 1")
         progress.show("too soon to show")
+        progress.show("the end", last=True)
+        assert "the end" in stream.getvalue()
         assert expected in stream.getvalue()
         assert "too soon" not in stream.getvalue()
 
@@ -280,6 +304,16 @@ def test_a_branch_takes_the_old_checkpoint_if_that_is_the_only_one(tmp_path):
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     os.rename(tmp_path / "x/checkpoint", tmp_path / "x/checkpoint.old")
     assert folder.branch_to(tmp_path / "y").load_checkpoint()[0]["w"].tolist() == [1, 1]
+
+
+def test_a_run_that_was_moved_can_still_be_branched(tmp_path):
+    sasr.train(config(tmp_path / "x"))
+    os.rename(tmp_path / "x", tmp_path / "moved")
+    before = lines(tmp_path / "moved")
+    again, folder = sasr.resumed(str(tmp_path / "moved"), {"out": str(tmp_path / "x"), "steps": 11})
+    sasr.train(again, resume=folder)
+    assert lines(tmp_path / "moved") == before
+    assert len(lines(tmp_path / "x")) == len(before) + 1
 
 
 def test_resuming_a_finished_run_with_more_steps_goes_on(tmp_path):

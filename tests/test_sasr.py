@@ -135,6 +135,10 @@ def test_a_group_that_agrees_on_a_partial_reward_has_exactly_no_advantage():
             assert not group_advantages(torch.full((1, group), 0.1), mode).any()
 
 
+def test_whole_number_rewards_will_do():
+    assert group_advantages(torch.tensor([[1, 0, 0, 1]]), eps=0.0).tolist() == [[1, -1, -1, 1]]
+
+
 def test_centered_and_median_advantages_by_hand():
     assert group_advantages(REWARDS, "centered")[1].tolist() == [0.75, -0.25, -0.25, -0.25]
     graded = torch.tensor([[0.0, 0.2, 0.9, 1.0], [0.0, 0.5, 0.5, 1.0]])

@@ -698,6 +698,7 @@ class Trainer:
             "entropy": None,
             "clip_fraction": None,
         }
+        self.state.shown["reward"] = record["reward_mean"]
         if not advantages.any():  # no group has a signal: a step would be Adam's momentum and nothing else
             return record
         # Without a KL term a completion of advantage 0 has no gradient. It is left out of the update (and of the means
@@ -808,7 +809,7 @@ class Trainer:
         """What is due after `state.step` steps: an evaluation, the yardstick, the reference policy."""
         config, state = self.config, self.state
         scores = {}
-        if is_evaluated(config, state.step):
+        if state.step in evaluation_steps(config):
             started = time.perf_counter()
             scores = self.evaluate()
             state.seconds["eval"] += time.perf_counter() - started
@@ -876,10 +877,10 @@ def total_steps(config: Config) -> int:
     return config.warmup_steps + config.steps
 
 
-def is_evaluated(config: Config, step: int) -> bool:
+def evaluation_steps(config: Config) -> set[int]:
     """Before and after each stage, and every `eval_every` steps."""
-    due = config.eval_every and step % config.eval_every == 0
-    return bool(due) or step in (0, config.warmup_steps, total_steps(config))
+    every = range(0, total_steps(config) + 1, config.eval_every) if config.eval_every else ()
+    return {0, config.warmup_steps, total_steps(config), *every}
 
 
 def train(config: Config, *, resume: RunFolder | None = None) -> dict:
@@ -969,15 +970,15 @@ def seconds_left(config: Config, state: State) -> float:
     prior = {"sft": 1.0, "grpo": 0.0}.get(config.controller, 0.5)  # worth ten steps of evidence
     sft_share = (state.sft_steps + 10 * prior) / (adaptive + 10)
     adaptive_cost = sft_share * sft_cost + (1 - sft_share) * grpo_cost
-    evaluated = [is_evaluated(config, step) for step in range(total_steps(config) + 1)]
-    eval_cost = state.seconds["eval"] / max(sum(evaluated[: state.step + 1]), 1)
+    evaluations = evaluation_steps(config)
+    evaluated = sum(step <= state.step for step in evaluations)  # at least the one before the first step
+    eval_cost = state.seconds["eval"] / evaluated
     steps = (config.warmup_steps - warmed_up) * sft_cost + (config.steps - adaptive) * adaptive_cost
-    return steps + sum(evaluated[state.step + 1 :]) * eval_cost
+    return steps + (len(evaluations) - evaluated) * eval_cost
 
 
 def progress_line(config: Config, state: State, record: dict) -> str:
     """One line of a terminal; reward and accuracy stay on show until there are newer ones."""
-    state.shown |= {"reward": record["reward_mean"]} if "reward_mean" in record else {}
     parts = [f"{state.step}/{total_steps(config)} {record['kind']:4}"]
     parts += [f"p_sft {record['p_sft']:.2f}"] if "p_sft" in record else ["warm-up"]
     parts += [f"loss {record['loss']:.3f}"]

@@ -25,7 +25,7 @@ def load_task(name: str, path: str | Path | None = None, *, seed: int = 0, **opt
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     module = TASKS[name]
     source = module.generate if path is None else module.read
-    known = {k: p.default for k, p in inspect.signature(source).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = [p.name for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for key in options:
         if key not in known:
             where = "" if path is None else " with a data folder"

@@ -65,7 +65,7 @@ def rope_of(name: str, theta: float = 100.0) -> dict:
     return {"rope_type": name.split(",")[0], "rope_theta": theta} | ROPES[name]
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.nn.Module:
     """Every parameter random: norms in [0.5, 1.5], biases and matrices normal, large enough for peaked attention."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
-                parameter.normal_(0.0, 0.2, generator=generator)
+                parameter.normal_(0.0, scale, generator=generator)
     return model
 
 

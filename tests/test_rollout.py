@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_model import randomise
 
 import rollout
 from data.tokenizer import train_tokenizer
@@ -38,15 +39,7 @@ PROMPTS = [[5, 7, 9, 11, 13, 15, 17], [3], [8, 1, 8, 2, 8], [40, 41], [0, 0, 59]
 
 def random_model(family: str = "qwen3", *, scale: float = 0.25, seed: int = 0, **config) -> Transformer:
     """Every parameter random. A larger scale gives more peaked distributions."""
-    model = Transformer(ModelConfig.from_dict({"model_type": family} | SHAPE | config))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0.0, scale, generator=generator)
-    return model
+    return randomise(Transformer(ModelConfig.from_dict({"model_type": family} | SHAPE | config)), seed, scale)
 
 
 def seeded(seed: int) -> torch.Generator:

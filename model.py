@@ -181,10 +181,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, [L, B, K, S, head_dim].
-
-    `length` is how many slots may be in use, counted on the host, so that no step waits for the device.
-    """
+    """Preallocated keys and values of every layer, [L, B, K, S, head_dim]; the token at position p is in slot p."""
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, *, dtype: torch.dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
@@ -192,25 +189,25 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
-        self.length = 0
 
-    def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, length: int):
-        """Write [B, K, T, head_dim] at positions [B, T]; return all keys and values, [B, K, length, head_dim]."""
+    def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, K, T, head_dim] at positions [B, T]; return all keys and values, [B, K, S, head_dim]."""
         self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
-        return self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
+        return self.keys[layer], self.values[layer]
 
-    def select(self, rows: Tensor, slots: int) -> KVCache:
-        """A cache of `slots` slots that holds copies of these rows [B']: to fan a prompt out, or to drop rows."""
-        new = object.__new__(KVCache)
-        layers, _, heads, _, head_dim = self.keys.shape
-        new.keys = self.keys.new_zeros(layers, len(rows), heads, slots, head_dim)
-        new.values = torch.zeros_like(new.keys)
-        new.keys[:, :, :, : self.length] = self.keys[:, rows, :, : self.length]
-        new.values[:, :, :, : self.length] = self.values[:, rows, :, : self.length]
-        new.rows = torch.arange(len(rows), device=rows.device)[:, None]
-        new.length = self.length
-        return new
+    def first(self, batch: int, slots: int) -> KVCache:
+        """The first rows and slots, sharing memory: a step pays for the rows that are left and the slots in use."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = self.keys[:, :batch, :, :slots], self.values[:, :batch, :, :slots]
+        view.rows = self.rows[:batch]
+        return view
+
+    def copy_rows(self, targets: Tensor, source: KVCache, rows: Tensor) -> None:
+        """Copy rows of another cache, or of this one, and as many slots as that has: to fan out, or to close gaps."""
+        slots = source.keys.shape[3]
+        self.keys[:, targets, :, :slots] = source.keys[:, rows]
+        self.values[:, targets, :, :slots] = source.values[:, rows]
 
 
 # ----------------------------------------------------------------------------- layers
@@ -252,11 +249,15 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, head_dim]
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
-            k, v = cache.append(self.layer, positions, k, v, cache.length)  # [B, K, S, head_dim]
+            cached = cache.append(self.layer, positions, k, v)  # [B, K, S, head_dim] each
+            k, v = cached if visible is not None else (k, v)  # the first tokens of a cache see only themselves
+        shape, single = q.shape, q.shape[2] == 1
+        if single:  # the heads that share keys become the rows of one attention, and no one copies keys for them
+            q = q.reshape(shape[0], k.shape[1], -1, self.head_dim)  # [B, K, H / K, head_dim]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.grouped
+            q, k, v, attn_mask=visible, is_causal=visible is None and not single, enable_gqa=self.grouped and not single
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+        return self.o_proj(out.reshape(shape).transpose(1, 2).flatten(2))  # [B, T, D]
 
 
 class MLP(nn.Module):
@@ -330,17 +331,14 @@ class Transformer(nn.Module):
         positions [B, T] default to 0..T-1. With a cache, the tokens are written at their positions and see
         every slot up to them; without one, attention is causal over the T tokens given.
         """
-        length = input_ids.shape[1]
+        visible = None  # plain causal attention, also where these tokens are the first of a cache
         if positions is None:
-            positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)  # [B, T]
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)  # [B, T]
+        elif cache is not None:
+            slots = torch.arange(cache.keys.shape[3], device=input_ids.device)  # [S]
+            visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
         x = self.model["embed_tokens"](input_ids)  # [B, T, D]
         cos, sin = self._angles(positions, x.dtype)  # [B, 1, T, head_dim]
-        visible = None
-        if cache is not None:
-            cache.length += length
-            if cache.length > length:  # an empty cache holds only these tokens: plain causal attention
-                slots = torch.arange(cache.length, device=input_ids.device)  # [S]
-                visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
         for layer in self.model["layers"]:
             inputs = (x, cos, sin, positions, visible, cache)
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -2,18 +2,22 @@
 
     python rollout.py --model runs/x/model --prompt "..." --samples 4
 
-How it goes: every prompt is prefilled once, its cache is copied to the rows of its group, and then all
-rows advance one token a step. Rows that have drawn a stop token leave the batch once they are half of it,
-so the last long completions are not paid for by all the short ones.
+How it goes: every prompt is read once (prefill), its cache is copied to the rows of its group, and then all rows
+advance one token a step. Every few steps the rows that have drawn a stop token leave: the last of the others move
+into their places, so that a step always works on the first rows of the cache and pays for nothing else.
 
-What it promises: the stop token stays in the completion (else stopping would never be trained); a log-prob
-is that of the token drawn, under the distribution it was drawn from; equal inputs and an equal
-`torch.Generator` give equal completions.
+A step is one function, `Sampler._step`, that changes tensors in place and never waits for the device. That makes it
+plain to read and lets CUDA record it once for each size and replay it as a graph: same function, no launch overhead.
+
+What it promises: the stop token stays in the completion (else stopping would never be trained); a log-prob is that of
+the token drawn, under the distribution it was drawn from; equal inputs and an equal `torch.Generator` give equal
+completions, whoever leaves when, and however few rows the memory lets advance at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,7 @@ from torch import Tensor
 from model import KVCache, Transformer
 
 STEPS_BETWEEN_CHECKS = 4  # asking "who has ended?" waits for the device, so not at every token
+PREFILL_TOKENS = 8192  # tokens, padding included, that are read at once; prompts of like lengths go together
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Rollout:
     completions: list[list[int]]  # the stop token is kept
     logprobs: list[list[float]]  # nats
     finished: list[bool]  # False: cut off at max_new_tokens
+    waves: int = 1  # more than one: the cache of all rows would not have fitted the memory limit
 
 
 def token_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -74,27 +80,156 @@ def token_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def draw(logits: Tensor, params: SamplingParams, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """One token a row from logits [B, V], and its log-prob: [B] int64, [B] fp32."""
+def draw(logits: Tensor, params: SamplingParams, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row from logits [B, V], and its log-prob: [B] int64, [B] fp32.
+
+    noise [B] is uniform on (0, 1]: the token is the first at which the cumulative probability reaches it. That takes
+    one random number a row, where the usual race of exponentials takes V; cumulative sums in fp32 resolve
+    probabilities down to 6e-8. A token that is ruled out adds nothing to the sum, so it is never the first.
+    """
     logprobs = token_distribution(logits.float(), params)  # [B, V]
     if params.temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(-1)
+        cumulative = logprobs.exp().cumsum(-1)  # [B, V]
+        tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(-1)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-@torch.no_grad()
-def prefill(model: Transformer, prompts: list[list[int]]) -> tuple[Tensor, KVCache, Tensor]:
-    """Read Q prompts, padded on the right; return last logits [Q, V], the cache, and lengths [Q]."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [Q]
+def prefill(model: Transformer, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
+    """Read Q prompts, padded on the right; return the logits after each one's last token, [Q, V], and the cache."""
     longest = max(len(prompt) for prompt in prompts)
-    rows = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    input_ids = torch.tensor(rows, device=model.device)  # [Q, T]
+    input_ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
     cache = KVCache(model.config, len(prompts), longest, dtype=model.head.dtype, device=model.device)
     hidden = model(input_ids, cache=cache)  # [Q, T, D]
-    last = hidden[torch.arange(len(prompts), device=model.device), lengths - 1]  # [Q, D]
-    return model.logits(last), cache, lengths
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)  # [Q]
+    return model.logits(hidden[torch.arange(len(prompts), device=model.device), last]), cache
+
+
+def of_like_length(prompts: list[list[int]], most_tokens: int) -> list[list[int]]:
+    """Indices of the prompts, sorted by length and cut into pieces of `most_tokens`, padding included."""
+    pieces: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        if pieces and (len(pieces[-1]) + 1) * len(prompts[i]) <= most_tokens:  # i is the longest so far
+            pieces[-1].append(i)
+        else:
+            pieces.append([i])
+    return pieces
+
+
+class Sampler:
+    """Writes `total` completions at once, with tensors that are made once and changed in place.
+
+    Everything is kept by completion, but for the cache: its row r belongs to completion `owner[r]`. The first rows
+    are those still being written; a row behind them belongs to a completion that has ended, and does no harm.
+    """
+
+    def __init__(self, model: Transformer, params: SamplingParams, total: int, slots: int):
+        self.model, self.params, self.slots = model, params, slots
+        device = model.device
+        self.cache = KVCache(model.config, total, slots, dtype=model.head.dtype, device=device)
+        self.owner = torch.arange(total, device=device)  # [total] by row
+        self.prompt_lengths = torch.zeros(total, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(total, dtype=torch.long, device=device)  # tokens drawn so far
+        self.alive = torch.ones(total, dtype=torch.bool, device=device)
+        self.noise = torch.zeros(total, STEPS_BETWEEN_CHECKS, device=device)
+        # One column to spare: what a row draws after its end goes there.
+        self.tokens = torch.zeros(total, params.max_new_tokens + 1, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(total, params.max_new_tokens + 1, device=device)
+        self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+
+    def run(self, prompts: list[list[int]], noise) -> tuple[list[list[int]], list[list[float]]]:
+        """A completion of every prompt (equal ones are read once), and its log-probs.
+
+        At most `total` prompts; noise(k) gives the k-th [len(prompts), STEPS_BETWEEN_CHECKS] of noise.
+        """
+        rows, longest = len(prompts), max(map(len, prompts))
+        self.owner.copy_(torch.arange(len(self.owner)))
+        self.prompt_lengths[:rows] = torch.tensor([len(prompt) for prompt in prompts], device=self.owner.device)
+        self.lengths.zero_()
+        self.alive.copy_(torch.arange(len(self.alive)) < rows)
+        self.noise[:rows] = noise(0)
+        self._read_prompts(prompts)
+        total = rows
+        for step in range(1, self.params.max_new_tokens):
+            if step % STEPS_BETWEEN_CHECKS == 0:
+                self.noise[:total] = noise(step // STEPS_BETWEEN_CHECKS)
+                rows = self._close_gaps(rows, longest + step)
+                if rows == 0:
+                    break
+            self._advance(rows, longest + step)
+        lengths = self.lengths[:total].tolist()
+        tokens, logprobs = self.tokens[:total].tolist(), self.logprobs[:total].tolist()
+        return [t[:n] for t, n in zip(tokens, lengths, strict=True)], [
+            t[:n] for t, n in zip(logprobs, lengths, strict=True)
+        ]
+
+    def _read_prompts(self, prompts: list[list[int]]) -> None:
+        """Read each distinct prompt once, copy its cache to its rows, and draw their first tokens."""
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        for piece in of_like_length(distinct, PREFILL_TOKENS):
+            place = {distinct[q]: i for i, q in enumerate(piece)}
+            logits, cache = prefill(self.model, [list(prompt) for prompt in place])
+            rows = [row for row, prompt in enumerate(prompts) if tuple(prompt) in place]
+            source = torch.tensor([place[tuple(prompts[row])] for row in rows], device=logits.device)
+            rows = torch.tensor(rows, device=logits.device)
+            self.cache.copy_rows(rows, cache, source)
+            self._write(rows, logits[source])
+
+    def _close_gaps(self, rows: int, slots: int) -> int:
+        """Let the rows that have ended leave the first `rows`; how many are left. This waits for the device."""
+        alive = self.alive[self.owner[:rows]].tolist()
+        left = sum(alive)
+        gaps = [row for row in range(left) if not alive[row]]
+        movers = [row for row in range(left, rows) if alive[row]]
+        if gaps:
+            gaps, movers = (torch.tensor(x, device=self.owner.device) for x in (gaps, movers))
+            self.cache.copy_rows(gaps, self.cache.first(rows, slots), movers)
+            self.owner[gaps], self.owner[movers] = self.owner[movers], self.owner[gaps]
+        return left
+
+    def _advance(self, rows: int, slots: int) -> None:
+        """One step of the first `rows`, which use the first `slots`; on CUDA as a graph."""
+        if self.owner.device.type != "cuda":
+            self._step(rows, slots)
+            return
+        size = self.bucket(rows, slots)
+        if size not in self.graphs:  # the first step of a size runs as it is: libraries set themselves up
+            self.graphs[size] = None
+            self._step(*size)
+            return
+        if self.graphs[size] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(*size)  # recorded, not run
+            self.graphs[size] = graph
+        self.graphs[size].replay()
+
+    def bucket(self, rows: int, slots: int) -> tuple[int, int]:
+        """The size to record a graph for: at most a quarter more rows, and whole blocks of slots."""
+        unit = max(8, 2 ** (rows.bit_length() - 3))
+        return min(-(-rows // unit) * unit, len(self.owner)), min(-(-slots // 128) * 128, self.slots)
+
+    def _step(self, rows: int, slots: int) -> None:
+        """Read the last token of each of the first `rows`, and draw its next."""
+        owner = self.owner[:rows]
+        drawn = self.lengths[owner]
+        last = self.tokens[owner, drawn - 1]
+        positions = self.prompt_lengths[owner] + drawn - 1
+        hidden = self.model(last[:, None], positions=positions[:, None], cache=self.cache.first(rows, slots))
+        self._write(owner, self.model.logits(hidden[:, 0]))
+
+    def _write(self, owner: Tensor, logits: Tensor) -> None:
+        """Draw the next token of these completions, from logits [B, V]."""
+        alive, length = self.alive[owner], self.lengths[owner]  # [B]
+        token, logprob = draw(logits, self.params, self.noise[owner, length % STEPS_BETWEEN_CHECKS])
+        column = torch.where(alive, length, self.params.max_new_tokens)
+        self.tokens[owner, column] = token
+        self.logprobs[owner, column] = logprob
+        self.lengths[owner] = length + alive
+        stopped = (token[:, None] == self.stops).any(-1)
+        self.alive[owner] = alive & ~stopped & (length + 1 < self.params.max_new_tokens)
 
 
 @torch.no_grad()
@@ -105,10 +240,15 @@ def generate(
     *,
     group_size: int = 1,
     generator: torch.Generator | None = None,
+    memory_limit: int = 0,
+    samplers: dict | None = None,
 ) -> Rollout:
     """Draw `group_size` completions of each prompt (token ids, of any lengths).
 
-    Raises ValueError naming the prompt that is empty, or too long for the model's context.
+    The cache takes at most `memory_limit` bytes (0: four fifths of what is free): rows that do not fit are written in
+    further waves, with the same result. `samplers` keeps buffers and CUDA graphs for the next call of the same size:
+    pass the same dict again. Raises ValueError naming the prompt that is empty, or too long for the model's context,
+    and where not even one row fits the limit.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, not {group_size}")
@@ -122,45 +262,58 @@ def generate(
                 f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={params.max_new_tokens} that "
                 f"exceeds the model's context of {model.config.max_position_embeddings}"
             )
-    device = model.device
-    logits, cache, lengths = prefill(model, prompts)
-    fan_out = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [Q*G]
-    cache = cache.select(fan_out, cache.length + params.max_new_tokens)
-    logits, positions = logits[fan_out], lengths[fan_out]  # [B, V], [B]
+    each = [prompt for prompt in prompts for _ in range(group_size)]
+    slots = -(-(max(map(len, prompts)) + params.max_new_tokens) // 128) * 128  # few sizes: buffers fit the next call
+    waves = waves_needed(model, len(each), slots, memory_limit)
+    rows = -(-len(each) // waves)
+    samplers = {} if samplers is None else samplers
+    if (model, params, rows, slots) not in samplers:
+        samplers.clear()  # first, so that two caches are never held at once
+        samplers[model, params, rows, slots] = Sampler(model, params, rows, slots)
+    sampler = samplers[model, params, rows, slots]
 
-    total = len(fan_out)
-    tokens = torch.zeros(total, params.max_new_tokens, dtype=torch.long, device=device)  # [Q*G, new]
-    logprobs = torch.zeros(total, params.max_new_tokens, device=device)  # [Q*G, new]
-    ended_at = torch.full((total,), params.max_new_tokens, device=device)  # [Q*G] tokens kept
-    finished = torch.zeros(total, dtype=torch.bool, device=device)  # [Q*G]
-    stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
-    rows = torch.arange(total, device=device)  # [B]: which completion each row of the batch is writing
+    device = generator.device if generator is not None else "cpu"
+    seed = torch.randint(2**62, (), generator=generator, device=device).item()
+    completions: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    for start in range(0, len(each), rows):
 
-    for step in range(params.max_new_tokens):
-        drawn, drawn_logprobs = draw(logits, params, generator)  # [B], [B]
-        tokens[rows, step], logprobs[rows, step] = drawn, drawn_logprobs
-        ends = torch.isin(drawn, stops) & ~finished[rows]  # [B]
-        ended_at[rows] = torch.where(ends, step + 1, ended_at[rows])
-        finished[rows] |= ends
-        if step + 1 == params.max_new_tokens:
-            break
-        if (step + 1) % STEPS_BETWEEN_CHECKS == 0:
-            alive = (~finished[rows]).nonzero().squeeze(-1)  # [B']
-            if len(alive) == 0:
-                break
-            if len(alive) <= len(rows) // 2:
-                cache = cache.select(alive, cache.keys.shape[3])
-                rows, drawn, positions = rows[alive], drawn[alive], positions[alive]
-        hidden = model(drawn[:, None], positions=positions[:, None], cache=cache)  # [B, 1, D]
-        logits = model.logits(hidden[:, 0])  # [B, V]
-        positions = positions + 1
+        def noise(k: int, start=start) -> Tensor:
+            """For all rows of all waves, of which these are taken: a row's noise does not depend on its wave."""
+            source = torch.Generator(model.device).manual_seed(seed + k)
+            uniform = torch.rand(len(each), STEPS_BETWEEN_CHECKS, generator=source, device=model.device)
+            return 1 - uniform[start : start + rows]
 
-    kept = ended_at.tolist()
-    return Rollout(
-        completions=[row[:n] for row, n in zip(tokens.tolist(), kept, strict=True)],
-        logprobs=[row[:n] for row, n in zip(logprobs.tolist(), kept, strict=True)],
-        finished=finished.tolist(),
-    )
+        wave = sampler.run(each[start : start + rows], noise)
+        completions += wave[0]
+        logprobs += wave[1]
+    finished = [completion[-1] in params.stop_token_ids for completion in completions]
+    return Rollout(completions, logprobs, finished, -(-len(each) // rows))
+
+
+def waves_needed(model: Transformer, rows: int, slots: int, memory_limit: int) -> int:
+    """How many times the cache must be filled if it may take `memory_limit` bytes (0: four fifths of the free)."""
+    config = model.config
+    per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.head.element_size()
+    limit = memory_limit or 0.8 * free_memory(model.device)
+    if limit < slots * per_slot:
+        raise ValueError(
+            f"the cache of one completion takes {slots * per_slot / 1e9:.2f} GB ({slots} tokens) and the limit is "
+            f"{limit / 1e9:.2f} GB: lower max_new_tokens, or raise the limit"
+        )
+    return math.ceil(rows / (limit // (slots * per_slot)))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated; unlimited where nobody says."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    return next((1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -170,6 +323,8 @@ def resolve_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("choose cpu or cuda")
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels and graphs go to the current device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device

@@ -215,37 +215,43 @@ def test_positions_are_those_given():
 
 
 @torch.no_grad()
-def test_selected_cache_rows_keep_their_continuation():
-    """Fan-out, reordering and dropping, one after the other; then each row must still be its own sequence."""
+def test_copied_cache_rows_keep_their_continuation():
+    """Fan-out, and then a gap closed by a row from behind it; each row must still be its own sequence."""
     model = random_model()
     prompts, new = random_ids(3, 6), random_ids(4, 3, seed=4)
     cache = KVCache(model.config, 3, 6, dtype=torch.float32, device="cpu")
     model(prompts, cache=cache)
 
     fan_out = torch.tensor([1, 0, 1, 2])
-    cache = cache.select(fan_out, 9)
+    prefilled, cache = cache, KVCache(model.config, 4, 9, dtype=torch.float32, device="cpu")
+    cache.copy_rows(torch.arange(4), prefilled, fan_out)
     sequences = torch.cat((prompts[fan_out], new), dim=1)
     expected = logits_of(model, sequences)
     first = model(new[:, :1], positions=torch.full((4, 1), 6), cache=cache)
     assert_close(model.logits(first)[:, 0], expected[:, 6], 1e-5)
 
     kept = torch.tensor([3, 1])
-    cache = cache.select(kept, 9)
+    cache.copy_rows(torch.tensor([0]), cache.first(4, 7), torch.tensor([3]))
     for step in (1, 2):
-        hidden = model(new[kept, step : step + 1], positions=torch.full((2, 1), 6 + step), cache=cache)
+        view = cache.first(2, 7 + step)
+        hidden = model(new[kept, step : step + 1], positions=torch.full((2, 1), 6 + step), cache=view)
         assert_close(model.logits(hidden)[:, 0], expected[kept, 6 + step], 1e-5)
 
 
 @torch.no_grad()
-def test_selecting_copies_so_that_the_old_cache_stays_as_it_was():
+def test_the_first_rows_of_a_cache_share_its_memory_and_copied_rows_do_not():
     model = random_model()
-    cache = KVCache(model.config, 1, 8, dtype=torch.float32, device="cpu")
-    model(random_ids(1, 4), cache=cache)
-    before = cache.keys[:, :, :, :4].clone()
-    fanned = cache.select(torch.tensor([0, 0]), 8)
+    cache = KVCache(model.config, 2, 8, dtype=torch.float32, device="cpu")
+    model(random_ids(2, 4), cache=cache)
+    before = cache.keys.clone()
+    fanned = KVCache(model.config, 2, 8, dtype=torch.float32, device="cpu")
+    fanned.copy_rows(torch.tensor([1, 0]), cache, torch.tensor([0, 0]))
     model(random_ids(2, 1), positions=torch.tensor([[0], [1]]), cache=fanned)  # overwrites prompt slots
-    assert torch.equal(cache.keys[:, :, :, :4], before)
-    assert cache.length == 4
+    assert torch.equal(cache.keys, before)
+    model(random_ids(1, 1), positions=torch.tensor([[4]]), cache=cache.first(1, 5))
+    changed = (cache.keys != before).any(-1)[:, :, 0]  # [L, B, S]
+    assert changed[:, 0, 4].all()
+    assert changed.sum() == model.config.num_hidden_layers, "that slot of that row, in every layer, and nothing else"
 
 
 @pytest.fixture
@@ -258,7 +264,7 @@ def unwritten_memory_is_nan(monkeypatch):
     torch.use_deterministic_algorithms(was)
 
 
-@pytest.mark.parametrize("grown", [False, True], ids=["made with room", "grown by select"])
+@pytest.mark.parametrize("grown", [False, True], ids=["made with room", "copied into room"])
 @torch.no_grad()
 def test_cache_slots_that_nobody_wrote_are_never_felt(grown, unwritten_memory_is_nan):
     """A short row beside a long one has slots between its own last token and the cache's length."""
@@ -268,7 +274,8 @@ def test_cache_slots_that_nobody_wrote_are_never_felt(grown, unwritten_memory_is
     cache = KVCache(model.config, 2, 8 if grown else 11, dtype=torch.float32, device="cpu")
     model(torch.stack((long[:8], F.pad(short[:2], (0, 6)))), cache=cache)
     if grown:
-        cache = cache.select(torch.tensor([0, 1]), 11)
+        small, cache = cache, KVCache(model.config, 2, 11, dtype=torch.float32, device="cpu")
+        cache.copy_rows(torch.arange(2), small, torch.arange(2))
     for step in range(3):
         tokens, positions = torch.stack((long[8 + step], short[2 + step])), torch.tensor([8 + step, 2 + step])
         logits = model.logits(model(tokens[:, None], positions=positions[:, None], cache=cache))[:, 0]

@@ -212,10 +212,11 @@ class Batch:
     advantages: Tensor | None = None  # [B]
     old_logprobs: list[Tensor] | None = None  # B tensors [completion length]; None: on-policy, the ratio is 1
     ref_logprobs: list[Tensor] | None = None  # likewise; None: no reference policy
+    denominators: Tensor | None = None  # [B] what each token of a sequence is divided by; None: the batch's tokens
+    sampled_logprobs: list[Tensor] | None = None  # what the sampler said it drew from; compared with, not learnt from
 
     @property
     def tokens(self) -> int:
-        """Completion tokens: the denominator of both losses."""
         return sum(map(len, self.completions))
 
 
@@ -257,11 +258,15 @@ def _collate(batch: Batch, members: list[int], device) -> MicroBatch:
     return MicroBatch(members, input_ids.to(device), rows, before, targets)
 
 
+def completion_hidden(model: Transformer, micro: MicroBatch) -> Tensor:
+    """The hidden states that predict the completion tokens, [N, D]; prompts and padding never meet the vocabulary."""
+    return model(micro.input_ids)[micro.rows, micro.before]
+
+
 def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of each completion token, both [N]; the temperature divides the logits, as in sampling."""
     with autocast(model.device):
-        hidden = model(micro.input_ids)[micro.rows, micro.before]  # [N, D]
-        return kernels.token_logprobs(hidden, model.head, micro.targets, temperature)
+        return kernels.token_logprobs(completion_hidden(model, micro), model.head, micro.targets, temperature)
 
 
 @torch.no_grad()
@@ -277,22 +282,46 @@ def score(model: Transformer, batch: Batch, config: Config) -> list[Tensor]:
     return scores
 
 
-# An objective maps the log-probs [N] of a micro-batch to its part of the loss, and sums of statistics over its tokens.
+@torch.no_grad()
+def divergence(model: Transformer, reference: Transformer, batch: Batch, config: Config) -> float:
+    """KL(model || reference) in nats, exact over the vocabulary, mean over the completion tokens of a batch."""
+    total = 0.0
+    for micro in micro_batches(batch, config.tokens_per_microbatch, model.device):
+        with autocast(model.device):
+            hidden, ref_hidden = completion_hidden(model, micro), completion_hidden(reference, micro)
+            total += kernels.exact_kl(hidden, model.head, ref_hidden, reference.head).sum().item()
+    return total / max(batch.tokens, 1)
 
 
-def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominator: int, config: Config):
+def loss_denominators(completions: list[list[int]], aggregation: str, max_new_tokens: int) -> Tensor:
+    """What a token's part of the GRPO loss is divided by, for each of the B completions of a whole rollout: [B].
+
+    `token-mean`: every token counts the same. `grpo`: the mean of each completion, then of those, so that a token
+    of a long one counts less. `dr_grpo`: a constant, so that a batch of short completions has a small loss.
+    """
+    lengths = torch.tensor([max(len(completion), 1) for completion in completions])
+    if aggregation == "grpo":
+        return lengths * len(lengths)
+    return torch.full_like(lengths, lengths.sum() if aggregation == "token-mean" else len(lengths) * max_new_tokens)
+
+
+# An objective maps the log-probs [N] of a micro-batch, and what each is divided by, to its part of the loss, and to
+# statistics: sums over its tokens, or maxima where the name says so.
+
+
+def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominators: Tensor, config: Config):
     """Equation (2); with `dft`, each token is weighed by its own probability (arXiv 2508.05629, equation 9)."""
     weights = logprobs.detach().exp() if config.sft_loss == "dft" else torch.ones_like(logprobs)
-    return -(weights * logprobs).sum() / denominator, {}
+    return -(weights * logprobs / denominators).sum(), {}
 
 
-def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominator: int, config: Config):
+def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominators: Tensor, config: Config):
     """Equation (3). On-policy, pi_old is pi itself: the ratio is 1 and its gradient is that of the log-prob."""
 
     def of_members(parts: list[Tensor]) -> Tensor:
         return torch.cat([parts[i] for i in micro.members])  # [N]
 
-    return kernels.grpo_loss(
+    loss, stats = kernels.grpo_loss(
         logprobs,
         of_members(batch.old_logprobs) if batch.old_logprobs else logprobs.detach(),
         of_members(batch.ref_logprobs) if batch.ref_logprobs else None,
@@ -301,33 +330,45 @@ def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, denominato
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         kl_coef=config.kl_coef,
-        denominator=denominator,
+        denominator=denominators,
     )
+    if batch.sampled_logprobs:
+        sampled = of_members(batch.sampled_logprobs).to(logprobs.device)
+        stats["sampler_gap"] = (logprobs.detach() - sampled).abs().sum()
+    return loss, stats
 
 
-def accumulate_gradient(
-    model: Transformer, batch: Batch, objective, config: Config, denominator: int | None = None
-) -> dict:
+def accumulate_gradient(model: Transformer, batch: Batch, objective, config: Config) -> dict:
     """Gradient of the whole batch, piece by piece, into `.grad`. Returns its loss, L2 norm, and means over tokens.
 
-    The denominator is fixed before the first piece, so neither loss nor gradient depends on the cut; it is the
-    batch's number of completion tokens unless told otherwise (GRPO leaves out sequences that have no gradient
-    but still count). The norm is that of all parameters, before clipping; `.grad` is clipped on return.
+    The denominators are those of the whole batch, so neither loss nor gradient depends on how it is cut. The norm
+    is that of all parameters, before clipping; `.grad` is clipped on return.
     """
-    denominator = max(denominator or batch.tokens, 1)
     model.zero_grad(set_to_none=True)
+    denominators = batch.denominators
+    if denominators is None:
+        denominators = torch.full((len(batch.completions),), max(batch.tokens, 1))
     totals: dict[str, Tensor] = {"loss": torch.zeros((), device=model.device)}
+    read = 0  # tokens, padding included
     for micro in micro_batches(batch, config.tokens_per_microbatch, model.device):
         if len(micro.targets) == 0:
             continue
         logprobs, entropy = completion_logprobs(model, micro, batch.temperature)
-        loss, sums = objective(batch, micro, logprobs, denominator, config)
+        loss, stats = objective(
+            batch, micro, logprobs, denominators[micro.members].to(model.device)[micro.rows], config
+        )
         loss.backward()
-        sums = sums | {"entropy": entropy.detach().sum()}
-        for key, value in [("loss", loss.detach()), *((key, total / batch.tokens) for key, total in sums.items())]:
-            totals[key] = totals.get(key, 0.0) + value
+        read += micro.input_ids.numel()
+        totals["loss"] = totals["loss"] + loss.detach()
+        for key, value in (stats | {"entropy": entropy.detach().sum()}).items():
+            if key.endswith("_max"):
+                totals[key] = torch.maximum(totals.get(key, value), value)
+            else:
+                totals[key] = totals.get(key, 0.0) + value / batch.tokens
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    return {key: value.item() for key, value in totals.items()}
+    values = torch.stack([value.double() for value in totals.values()]).tolist()  # the one wait for the device
+    padding = 1 - (batch.tokens + sum(map(len, batch.prompts))) / max(read, 1)
+    return dict(zip(totals, values, strict=True)) | {"padding_fraction": padding}
 
 
 def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
@@ -421,6 +462,11 @@ class Config:
         "zscore", "equation (4), without its division, or +1/-1 around the median", ("zscore", "centered", "median")
     )
     advantage_eps: float = option(1e-4, "eps of equation (4)", low=0)
+    loss_aggregation: str = option(
+        "token-mean",
+        "each token counts the same, or grpo: each completion does, or dr_grpo: a constant divisor",
+        ("token-mean", "grpo", "dr_grpo"),
+    )
     clip_low: float = option(0.2, "ratio may fall by this much", low=0)
     clip_high: float = option(0.2, "ratio may rise by this much", low=0)
     kl_coef: float = option(0.0, "beta of equation (3); 0 keeps no reference policy", low=0)
@@ -445,6 +491,10 @@ class Config:
     tokens_per_microbatch: int = option(
         0, "tokens, padding included, that go through the model at once; 0: 2048 on a CPU, 16384 on CUDA", low=0
     )
+    rollout_memory: float = option(
+        0.0, "GB that the cache of a rollout may take, the rest waits for another wave; 0: 80% of what is free", low=0
+    )
+    offload_reference: bool = option(False, "keep the reference policy in CPU memory while it is not needed")
     # --- evaluation and files
     eval_every: int = option(125, "steps between evaluations; 0: only before, between and after the stages", low=0)
     eval_examples: int = option(512, "test examples an evaluation, decoded greedily", low=1)
@@ -638,6 +688,8 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         # What samples are drawn from: the model itself, or on CUDA a bf16 copy of it.
         self.sampler = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).bfloat16()
+        self.samplers: dict = {}  # buffers and CUDA graphs of the last rollout, for the next
+        self.waves = 1
         self.reference: Transformer | None = None
         self.optimizer = make_optimizer(self.model, config)
         self.controller = make_controller(config)
@@ -666,7 +718,8 @@ class Trainer:
         batch = self._demonstrations(source, warmed_up + self.state.sft_steps, "demonstrations")
         stats = accumulate_gradient(self.model, batch, sft_objective, self.config)
         self._step_optimizer(stats["grad_norm"])
-        return {"loss": stats["loss"], "grad_norm": stats["grad_norm"], "tokens": batch.tokens}
+        kept = {key: stats[key] for key in ("loss", "grad_norm", "padding_fraction")}
+        return kept | {"tokens": batch.tokens}
 
     def probe(self) -> float:
         """The SFT gradient norm here and now, on demonstrations of its own, without a step."""
@@ -697,28 +750,41 @@ class Trainer:
             "kl": None,
             "entropy": None,
             "clip_fraction": None,
+            "clip_low_fraction": None,
+            "clip_high_fraction": None,
+            "ratio_mean": None,
+            "ratio_max": None,
+            "sampler_gap": None,
+            "padding_fraction": None,
         }
         self.state.shown["reward"] = record["reward_mean"]
         if not advantages.any():  # no group has a signal: a step would be Adam's momentum and nothing else
             return record
         # Without a KL term a completion of advantage 0 has no gradient. It is left out of the update (and of the means
-        # of entropy and clip_fraction), but counts in the denominator all the same.
+        # of entropy and the like), but counts in the denominators all the same.
         kept = [i for i, a in enumerate(advantages.tolist()) if a != 0 or self.reference is not None]
+        denominators = loss_denominators(rollout.completions, config.loss_aggregation, self.task.max_new_tokens)
         batch = Batch(
             [prompts[i // config.group_size] for i in kept],
             [rollout.completions[i] for i in kept],
             config.temperature,
             advantages[kept],
+            denominators=denominators[kept],
+            sampled_logprobs=[torch.tensor(rollout.logprobs[i]) for i in kept],
         )
         if config.inner_updates > 1:
             batch.old_logprobs = score(self.model, batch, config)
         if self.reference is not None:
-            batch.ref_logprobs = score(self.reference, batch, config)
+            with self._reference_at_hand() as reference:
+                batch.ref_logprobs = score(reference, batch, config)
         updates = []
         for _ in range(config.inner_updates):
-            updates.append(accumulate_gradient(self.model, batch, grpo_objective, config, denominator=tokens))
+            updates.append(accumulate_gradient(self.model, batch, grpo_objective, config))
             self._step_optimizer(updates[-1]["grad_norm"])
         means = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
+        means["clip_fraction"] = means["clip_low_fraction"] + means["clip_high_fraction"]
+        means["ratio_max"] = max(update["ratio_max"] for update in updates)
+        means["sampler_gap"] = updates[0]["sampler_gap"]  # later ones have moved on
         if self.reference is None:
             means["kl"] = None
         return record | means
@@ -728,7 +794,20 @@ class Trainer:
         params = SamplingParams(self.task.max_new_tokens, self.config.temperature, stop_token_ids=self.stop_token_ids)
         seed = int(random_source(self.config.seed, "samples", self.state.step).integers(2**63))
         generator = torch.Generator(self.device).manual_seed(seed)
-        return generate(self.sampler, prompts, params, group_size=self.config.group_size, generator=generator)
+        rollout = generate(
+            self.sampler,
+            prompts,
+            params,
+            group_size=self.config.group_size,
+            generator=generator,
+            memory_limit=int(1e9 * self.config.rollout_memory),
+            samplers=self.samplers,
+        )
+        if rollout.waves > self.waves:
+            rows = len(rollout.completions)
+            print(f"the cache of {rows} completions does not fit: {rollout.waves} waves a rollout", file=sys.stderr)
+        self.waves = max(self.waves, rollout.waves)
+        return rollout
 
     def _rewards(self, completions: list[list[int]], chosen: list[int]) -> Tensor:
         """[Q, G], in the order of the rollout."""
@@ -753,23 +832,30 @@ class Trainer:
                 copied.copy_(trained)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy accuracy on the test examples, in domain and (`_ood`) out of it."""
+        """Greedy accuracy on the test examples, in domain and (`_ood`) out of it. With a reference policy also `kl`,
+        how far the model has moved from it: the mean over the tokens of those answers, whole vocabulary, in nats."""
         self._refresh_sampler()
-        scores = {"accuracy": self._accuracy(self.task)}
+        answers = self._greedy_answers(self.task)
+        scores = {"accuracy": self._accuracy(self.task, answers)}
         if self.ood_task is not None:
-            scores["accuracy_ood"] = self._accuracy(self.ood_task)
+            scores["accuracy_ood"] = self._accuracy(self.ood_task, self._greedy_answers(self.ood_task))
+        if self.reference is not None:
+            batch = Batch(self.task.test_prompts[: len(answers)], answers)
+            with self._reference_at_hand() as reference:
+                scores["kl"] = divergence(self.model, reference, batch, self.config)
         return scores
 
-    def _accuracy(self, tokenized: TokenizedTask) -> float:
+    def _greedy_answers(self, tokenized: TokenizedTask) -> list[list[int]]:
         params = SamplingParams(tokenized.max_new_tokens, temperature=0, stop_token_ids=self.stop_token_ids)
-        examples = tokenized.source.test[: self.config.eval_examples]
-        correct = 0
-        for start in range(0, len(examples), 256):  # so many rows at once
-            part = slice(start, min(start + 256, len(examples)))
-            rollout = generate(self.sampler, tokenized.test_prompts[part], params)
-            texts = self.tokenizer.decode_batch(rollout.completions, skip_special_tokens=True)
-            correct += sum(tokenized.source.grade(t, e).correct for t, e in zip(texts, examples[part], strict=True))
-        return correct / len(examples)
+        prompts = tokenized.test_prompts[: self.config.eval_examples]
+        parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]  # so many rows at once
+        options = {"memory_limit": int(1e9 * self.config.rollout_memory), "samplers": {}}
+        return [answer for part in parts for answer in generate(self.sampler, part, params, **options).completions]
+
+    def _accuracy(self, tokenized: TokenizedTask, answers: list[list[int]]) -> float:
+        texts = self.tokenizer.decode_batch(answers, skip_special_tokens=True)
+        examples = tokenized.source.test[: len(answers)]
+        return sum(tokenized.source.grade(t, e).correct for t, e in zip(texts, examples, strict=True)) / len(answers)
 
     # --- one step of either stage, and what happens between them
 
@@ -816,12 +902,27 @@ class Trainer:
             state.shown["accuracy"] = scores["accuracy"]
         for name, at in (("before", 0), ("warmup", config.warmup_steps), ("final", total_steps(config))):
             if state.step == at:
-                state.accuracy |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in scores.items()}
+                found = {key: value for key, value in scores.items() if key.startswith("accuracy")}
+                state.accuracy |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in found.items()}
         if state.step == config.warmup_steps == 0 and may_choose_sft(config):
             self._observe(self.controller.observe_warmup, self.probe(), 0)  # no warm-up to take it from: measure it
         if config.kl_coef and state.step == (config.warmup_steps if config.reference == "warmup" else 0):
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+            self.reference = self._frozen_copy()
         return scores
+
+    def _frozen_copy(self) -> Transformer:
+        """A reference policy: never trained, so on CUDA bf16 is enough."""
+        frozen = copy.deepcopy(self.model).requires_grad_(False)
+        if self.device.type == "cuda":
+            frozen = frozen.bfloat16()
+        return frozen.to("cpu") if self.config.offload_reference else frozen
+
+    @contextlib.contextmanager
+    def _reference_at_hand(self):
+        """The reference policy on the device, for as long as it is needed there."""
+        yield self.reference.to(self.device)
+        if self.config.offload_reference:
+            self.reference.to("cpu")
 
     # --- in and out of files
 
@@ -859,7 +960,7 @@ class Trainer:
         if saved["fingerprint"] != self.fingerprint():
             raise ValueError("the checkpoint was made with other examples or another tokenizer than these")
         if any(name.startswith("reference.") for name in tensors):
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+            self.reference = self._frozen_copy()
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
             if self.reference is not None:
@@ -1019,7 +1120,10 @@ GROUPS = {  # the first field of each group of flags in --help
 }
 
 # What a resumed run may change without making the steps already taken untrue.
-RESUMABLE = ("steps", "decay_fraction", "lr_schedule", "eval_every", "eval_examples", "save_every", "out", "device")
+RESUMABLE = (
+    *("steps", "decay_fraction", "lr_schedule", "eval_every", "eval_examples", "save_every", "out", "device"),
+    *("rollout_memory", "offload_reference"),
+)
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:

@@ -62,15 +62,22 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective of GRPO (arXiv 2402.03300, equation 3) and its statistics.
 
-        ratio = pi / pi_old                      = exp(logprobs - old_logprobs)
+        ratio = pi / pi_old                        = exp(logprobs - old_logprobs)
         k3    = pi_ref / pi - log(pi_ref/pi) - 1   an estimate of KL(pi || pi_ref) that is never negative
         loss  = -sum over tokens [ min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) - kl_coef k3 ] / denominator
 
-    All tensors are [N] (or of any one shape); `mask` is 1 where a token counts. The denominator defaults to
-    the number of those tokens; pass that of the whole batch when this is one micro-batch of several. Without
-    a reference (None) the KL is 0. The statistics, `kl` and `clip_fraction`, are sums over tokens, detached, so that
-    micro-batches add up. A token counts as clipped when it gets no gradient: its ratio has left the interval
-    on the side that the advantage pushes to.
+    All tensors are [N] (or of any one shape); `mask` is 1 where a token counts. Without a reference (None) the KL is 0.
+
+    What the sum is divided by makes the variants of the literature. A number divides all tokens alike, a tensor (of
+    the tokens' shape, or one that broadcasts to it) each token by its own. With B sequences in the *whole* batch:
+        the batch's tokens        every token counts the same (DAPO, arXiv 2503.14476); the default, of these tokens
+        B * the sequence's tokens a mean over each sequence, then over sequences (GRPO, arXiv 2402.03300)
+        B * a constant length     no normalisation by length at all (Dr. GRPO, arXiv 2503.20783)
+    Where this is one micro-batch of several, pass that of the whole batch.
+
+    The statistics are detached, and sums over tokens, so that micro-batches add up: `kl`, `clip_low_fraction`,
+    `clip_high_fraction`, `ratio_mean`; only `ratio_max` is a maximum. A token counts as clipped when it gets no
+    gradient: its ratio has left the interval on the side that the advantage pushes to.
     """
     keep = mask > 0
     # A masked token may hold anything. It is emptied before the arithmetic: a where() after it would mend the
@@ -86,10 +93,17 @@ def grpo_loss(
         k3 = torch.exp(log_ratio) - log_ratio - 1
     if denominator is None:
         denominator = mask.sum().clamp(min=1)  # a batch with no token has loss 0, not 0/0
-    loss = -(mask * (gain - kl_coef * k3)).sum() / denominator
+    elif isinstance(denominator, Tensor):
+        denominator = torch.where(keep, denominator, 1.0)  # that of a sequence without tokens may well be 0
+    loss = -(mask * (gain - kl_coef * k3) / denominator).sum()
     with torch.no_grad():
-        clipped = ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
-        stats = {"kl": k3.sum(), "clip_fraction": (clipped * mask).sum()}
+        stats = {
+            "kl": (mask * k3).sum(),
+            "clip_low_fraction": (mask * ((ratio < 1 - clip_low) & (advantages < 0))).sum(),
+            "clip_high_fraction": (mask * ((ratio > 1 + clip_high) & (advantages > 0))).sum(),
+            "ratio_mean": (mask * ratio).sum(),
+            "ratio_max": torch.where(keep, ratio, 0.0).flatten().max() if keep.numel() else mask.sum(),
+        }
     return loss, stats
 
 

@@ -84,20 +84,28 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     records = lines(tmp_path / "x")
     assert [r["step"] for r in records] == list(range(1, 15))
     assert [r["phase"] for r in records] == ["warmup"] * 4 + ["adaptive"] * 10
-    everywhere = {"step", "phase", "kind", "loss", "grad_norm", "lr", "tokens"}
+    everywhere = {"step", "phase", "kind", "loss", "grad_norm", "lr", "tokens", "padding_fraction"}
     adaptive = {"p_sft", "alpha", "sft_norm", "sft_norm_age"}
     grpo = {"reward_mean", "reward_std", "zero_variance_fraction", "completion_length", "truncated_fraction"}
-    grpo |= {"kl", "entropy", "clip_fraction"}
+    grpo |= {"kl", "entropy", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean", "ratio_max"}
+    grpo |= {"sampler_gap"}
     for record in records:
         wanted = everywhere | (adaptive if record["phase"] == "adaptive" else set())
         wanted |= grpo if record["kind"] == "grpo" else set()
         wanted |= {"eval/accuracy", "eval/accuracy_ood"} if record["step"] in (4, 8, 12, 14) else set()
+        wanted |= {"eval/kl"} if record["step"] in (8, 12, 14) else set()  # the reference is the model of step 4
         assert set(record) == wanted
     assert {r["kind"] for r in records if r["phase"] == "adaptive"} == {"sft", "grpo"}
     assert json.loads((tmp_path / "x/config.json").read_text())["group_size"] == 3
     tokenizer = Tokenizer.from_file(str(tmp_path / "x/model/tokenizer.json"))
     assert len(weights(tmp_path / "x")["model.embed_tokens.weight"]) == tokenizer.get_vocab_size()
     assert not list((tmp_path / "x").glob("*.tmp"))
+
+
+def test_evaluations_measure_the_distance_to_the_reference_policy_once_there_is_one(tmp_path):
+    sasr.train(config(tmp_path / "x"))
+    kl = {r["step"]: r["eval/kl"] for r in lines(tmp_path / "x") if "eval/kl" in r}
+    assert 0 < kl[8] < kl[14]
 
 
 def test_transformers_reads_the_saved_model_and_its_tokenizer_as_we_do(tmp_path):
@@ -403,10 +411,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said, capsys
 def test_help_explains_every_flag_with_its_default(capsys):
     with contextlib.suppress(SystemExit):
         sasr.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = "".join(capsys.readouterr().out.split())  # lines are broken at blanks, and after hyphens
     for spec in sasr.dataclasses.fields(sasr.Config):
         assert sasr.flag_name(spec) in text
-        assert f"(default {spec.default!r})" in text
+        assert f"(default{spec.default!r})" in text
 
 
 def test_importing_the_algorithm_has_no_side_effect(tmp_path):

@@ -243,20 +243,26 @@ def test_grpo_is_the_clipped_objective_with_k3():
     model, batch = tiny_model(), grpo_batch(temperature=0.8)
     config = Config(clip_low=0.2, clip_high=0.3, kl_coef=0.1, **FREE)
     stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config)
-    total, clipped, kl = 0.0, 0, 0.0
+    total, low, high, kl, ratios = 0.0, 0, 0, 0.0, []
     parts = zip(logprobs_by_hand(model, batch), batch.old_logprobs, batch.ref_logprobs, batch.advantages, strict=True)
     for new, old, ref, advantage in parts:
         for lp, lp_old, lp_ref in zip(new, old, ref, strict=True):
             ratio = (lp - lp_old).exp()
             k3 = (lp_ref - lp).exp() - (lp_ref - lp) - 1
             if advantage > 0:
-                gain, out = (ratio * advantage, False) if ratio <= 1.3 else (torch.tensor(1.3) * advantage, True)
+                gain = ratio * advantage if ratio <= 1.3 else torch.tensor(1.3) * advantage
+                high += (ratio > 1.3).item()
             else:
-                gain, out = (ratio * advantage, False) if ratio >= 0.8 else (torch.tensor(0.8) * advantage, True)
-            total, clipped, kl = total + gain - 0.1 * k3, clipped + out, kl + k3.item()
-    assert 0 < clipped < batch.tokens, "the case should show both kinds of token"
+                gain = ratio * advantage if ratio >= 0.8 else torch.tensor(0.8) * advantage
+                low += (ratio < 0.8).item()
+            total, kl = total + gain - 0.1 * k3, kl + k3.item()
+            ratios.append(ratio.item())
+    assert min(low, high) > 0, "the case should show all kinds of token"
     assert_same_gradient(model, stats, -total / batch.tokens, tolerance=1e-7)
-    assert stats["clip_fraction"] == pytest.approx(clipped / batch.tokens)
+    assert stats["clip_low_fraction"] == pytest.approx(low / batch.tokens)
+    assert stats["clip_high_fraction"] == pytest.approx(high / batch.tokens)
+    assert stats["ratio_mean"] == pytest.approx(sum(ratios) / len(ratios))
+    assert stats["ratio_max"] == pytest.approx(max(ratios))
     assert stats["kl"] == pytest.approx(kl / batch.tokens)
 
 
@@ -266,7 +272,40 @@ def test_on_policy_grpo_is_the_policy_gradient():
     weighted = [a * part for a, part in zip(batch.advantages, logprobs_by_hand(model, batch), strict=True)]
     expected = gradients(model, -torch.cat(weighted).sum() / batch.tokens)
     assert stats["grad_norm"] == pytest.approx(norm(expected), rel=1e-9)
-    assert stats["clip_fraction"] == 0
+    assert stats["clip_low_fraction"] == stats["clip_high_fraction"] == 0
+    assert stats["ratio_mean"] == stats["ratio_max"] == 1
+
+
+def test_a_token_of_a_long_completion_counts_less_only_where_each_completion_counts_the_same():
+    completions = [[7] * length for length in (1, 3, 4)]
+    assert sasr.loss_denominators(completions, "token-mean", 10).tolist() == [8, 8, 8]
+    assert sasr.loss_denominators(completions, "grpo", 10).tolist() == [3, 9, 12]
+    assert sasr.loss_denominators(completions, "dr_grpo", 10).tolist() == [30, 30, 30]
+
+
+@pytest.mark.parametrize("budget", [1, 60, 0])
+def test_grpo_with_the_mean_of_each_completion_by_hand(budget):
+    model, batch = tiny_model(), ragged_batch(advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
+    batch.denominators = sasr.loss_denominators(batch.completions, "grpo", 12)
+    config = Config(tokens_per_microbatch=budget, **FREE)
+    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config)
+    means = [a * part.mean() for a, part in zip(batch.advantages, logprobs_by_hand(model, batch), strict=True)]
+    expected = gradients(model, -sum(means) / len(means))
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
+    assert stats["loss"] == pytest.approx(-batch.advantages.mean().item())  # the ratio is 1
+
+
+def test_divergence_is_the_mean_kl_of_the_completion_tokens():
+    model, reference, batch = tiny_model(0), tiny_model(1), ragged_batch()
+    total = 0.0
+    for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
+        p, q = (m.logits(m(torch.tensor([prompt + completion])))[0].log_softmax(-1) for m in (model, reference))
+        kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        total += kl[len(prompt) - 1 : -1].sum().item()
+    found = sasr.divergence(model, reference, batch, Config(tokens_per_microbatch=30))
+    assert found == pytest.approx(total / batch.tokens)
+    assert sasr.divergence(model, model, batch, Config()) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dft", "grpo"])
@@ -282,6 +321,7 @@ def test_the_cut_into_micro_batches_changes_nothing(objective, budget):
         )
         results.append((stats, [p.grad.clone() for p in model.parameters()]))
     (whole, whole_grads), (cut, cut_grads) = results
+    assert cut.pop("padding_fraction") <= whole.pop("padding_fraction") < 1
     assert cut == pytest.approx(whole, rel=1e-9)
     torch.testing.assert_close(cut_grads, whole_grads, rtol=1e-9, atol=1e-12)
 
@@ -322,7 +362,17 @@ def test_an_empty_completion_adds_nothing_and_no_nan():
     batch.prompts.append([1, 2])
     batch.completions.append([])
     config = Config(tokens_per_microbatch=1, **FREE)
-    assert sasr.accumulate_gradient(model, batch, sasr.sft_objective, config) == pytest.approx(expected)
+    found = sasr.accumulate_gradient(model, batch, sasr.sft_objective, config)
+    assert found == pytest.approx(expected | {"padding_fraction": found["padding_fraction"]})
+
+
+def test_padding_is_the_share_of_tokens_read_that_are_none():
+    model = tiny_model()
+    batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # 4, 6 and 2 tokens, read as 3 rows of 6
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
+    assert stats["padding_fraction"] == pytest.approx(1 - 12 / 18)
+    alone = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(tokens_per_microbatch=1))
+    assert alone["padding_fraction"] == 0
 
 
 def test_score_is_in_the_order_of_the_batch():
@@ -419,9 +469,10 @@ def test_a_group_without_signal_does_not_move_the_weights(tmp_path, monkeypatch)
     assert all((p == old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
 
 
-def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(tmp_path, monkeypatch):
-    """Two groups, one of them agreeing: its tokens must still count in the denominator."""
-    trainer = small_trainer(tmp_path, max_grad_norm=0.0)
+@pytest.mark.parametrize("aggregation", ["token-mean", "grpo", "dr_grpo"])
+def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(aggregation, tmp_path, monkeypatch):
+    """Two groups, one of them agreeing: its completions must still count in the denominators."""
+    trainer = small_trainer(tmp_path, max_grad_norm=0.0, loss_aggregation=aggregation)
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: rewards)
     seen = {}
@@ -436,8 +487,13 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
     prompts = [trainer.task.train_prompts[i] for i in seen["chosen"] for _ in range(3)]
     batch = Batch(prompts, seen["completions"])
     advantages = group_advantages(rewards).flatten()
-    weighted = [a * part.sum() for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
-    expected = gradients(trainer.model, -sum(weighted) / batch.tokens)
+    weighted = [a * part for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
+    loss = {
+        "token-mean": -torch.cat(weighted).sum() / batch.tokens,
+        "grpo": -sum(part.mean() for part in weighted) / 6,
+        "dr_grpo": -torch.cat(weighted).sum() / (6 * trainer.task.max_new_tokens),
+    }
+    expected = gradients(trainer.model, loss[aggregation])
     assert record["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
 
 
@@ -475,7 +531,7 @@ def test_a_norm_that_is_not_finite_is_not_observed(tmp_path, monkeypatch):
     trainer.between_steps()
     norm_before, step_before = trainer.controller.g_last, trainer.state.norm_step
     weights = [p.clone() for p in trainer.model.parameters()]
-    poisoned = {"loss": math.nan, "grad_norm": math.nan}
+    poisoned = {"loss": math.nan, "grad_norm": math.nan, "padding_fraction": 0.0}
     monkeypatch.setattr(sasr, "accumulate_gradient", lambda *_, **__: poisoned)
     assert trainer.adaptive_step()["kind"] == "sft"
     assert (trainer.controller.g_last, trainer.state.norm_step) == (norm_before, step_before)
@@ -541,9 +597,8 @@ def test_the_reference_policy_is_frozen_where_it_was_asked_for(tmp_path, kl_coef
 def test_warming_up_on_another_task(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, warmup_task="countdown:train_size=20,test_size=5")
     seen = []
-    monkeypatch.setattr(
-        sasr, "accumulate_gradient", lambda model, batch, *_: seen.append(batch) or {"loss": 0.0, "grad_norm": 1.0}
-    )
+    stats = {"loss": 0.0, "grad_norm": 1.0, "padding_fraction": 0.0}
+    monkeypatch.setattr(sasr, "accumulate_gradient", lambda model, batch, *_: seen.append(batch) or stats)
     for step in (2, 3):
         trainer.state.step = step
         trainer.sft_step()

@@ -190,6 +190,10 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
 
+    @property
+    def bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
     def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, K, T, head_dim] at positions [B, T]; return all keys and values, [B, K, S, head_dim]."""
         self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)

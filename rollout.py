@@ -138,32 +138,35 @@ class Sampler:
         self.logprobs = torch.zeros(total, params.max_new_tokens + 1, device=device)
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all graphs
 
+    @torch.no_grad()
     def run(self, prompts: list[list[int]], noise) -> tuple[list[list[int]], list[list[float]]]:
-        """A completion of every prompt (equal ones are read once), and its log-probs.
+        """A completion of each of at most `total` prompts (equal ones are read once), and its log-probs.
 
-        At most `total` prompts; noise(k) gives the k-th [len(prompts), STEPS_BETWEEN_CHECKS] of noise.
+        noise(k) gives the k-th [len(prompts), STEPS_BETWEEN_CHECKS] of noise.
         """
-        rows, longest = len(prompts), max(map(len, prompts))
+        count, longest = len(prompts), max(map(len, prompts))
         self.owner.copy_(torch.arange(len(self.owner)))
-        self.prompt_lengths[:rows] = torch.tensor([len(prompt) for prompt in prompts], device=self.owner.device)
+        self.prompt_lengths[:count] = torch.tensor([len(prompt) for prompt in prompts], device=self.owner.device)
         self.lengths.zero_()
-        self.alive.copy_(torch.arange(len(self.alive)) < rows)
-        self.noise[:rows] = noise(0)
+        self.alive.copy_(torch.arange(len(self.alive)) < count)
+        self.noise[:count] = noise(0)
         self._read_prompts(prompts)
-        total = rows
+        rows = count
         for step in range(1, self.params.max_new_tokens):
             if step % STEPS_BETWEEN_CHECKS == 0:
-                self.noise[:total] = noise(step // STEPS_BETWEEN_CHECKS)
+                self.noise[:count] = noise(step // STEPS_BETWEEN_CHECKS)
                 rows = self._close_gaps(rows, longest + step)
                 if rows == 0:
                     break
             self._advance(rows, longest + step)
-        lengths = self.lengths[:total].tolist()
-        tokens, logprobs = self.tokens[:total].tolist(), self.logprobs[:total].tolist()
-        return [t[:n] for t, n in zip(tokens, lengths, strict=True)], [
-            t[:n] for t, n in zip(logprobs, lengths, strict=True)
-        ]
+        lengths = self.lengths[:count].tolist()
+
+        def written(matrix: Tensor) -> list[list]:
+            return [row[:length] for row, length in zip(matrix[:count].tolist(), lengths, strict=True)]
+
+        return written(self.tokens), written(self.logprobs)
 
     def _read_prompts(self, prompts: list[list[int]]) -> None:
         """Read each distinct prompt once, copy its cache to its rows, and draw their first tokens."""
@@ -201,7 +204,7 @@ class Sampler:
             return
         if self.graphs[size] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.graph_memory):
                 self._step(*size)  # recorded, not run
             self.graphs[size] = graph
         self.graphs[size].replay()
@@ -264,9 +267,9 @@ def generate(
             )
     each = [prompt for prompt in prompts for _ in range(group_size)]
     slots = -(-(max(map(len, prompts)) + params.max_new_tokens) // 128) * 128  # few sizes: buffers fit the next call
-    waves = waves_needed(model, len(each), slots, memory_limit)
-    rows = -(-len(each) // waves)
     samplers = {} if samplers is None else samplers
+    limit = memory_limit or 0.8 * (free_memory(model.device) + sum(s.cache.bytes for s in samplers.values()))
+    rows = rows_at_once(model, len(each), slots, limit)
     if (model, params, rows, slots) not in samplers:
         samplers.clear()  # first, so that two caches are never held at once
         samplers[model, params, rows, slots] = Sampler(model, params, rows, slots)
@@ -291,17 +294,17 @@ def generate(
     return Rollout(completions, logprobs, finished, -(-len(each) // rows))
 
 
-def waves_needed(model: Transformer, rows: int, slots: int, memory_limit: int) -> int:
-    """How many times the cache must be filled if it may take `memory_limit` bytes (0: four fifths of the free)."""
+def rows_at_once(model: Transformer, rows: int, slots: int, limit: float) -> int:
+    """How many rows a wave has, so that a cache of so many slots stays within `limit` bytes and waves are alike."""
     config = model.config
     per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.head.element_size()
-    limit = memory_limit or 0.8 * free_memory(model.device)
     if limit < slots * per_slot:
         raise ValueError(
             f"the cache of one completion takes {slots * per_slot / 1e9:.2f} GB ({slots} tokens) and the limit is "
             f"{limit / 1e9:.2f} GB: lower max_new_tokens, or raise the limit"
         )
-    return math.ceil(rows / (limit // (slots * per_slot)))
+    waves = math.ceil(rows / (limit // (slots * per_slot)))
+    return math.ceil(rows / waves)
 
 
 def free_memory(device: torch.device) -> float:

@@ -21,7 +21,7 @@ from test_model import randomise
 import rollout
 from data.tokenizer import train_tokenizer
 from model import ModelConfig, Transformer
-from rollout import Rollout, SamplingParams, generate, token_distribution
+from rollout import Rollout, Sampler, SamplingParams, draw, generate, of_like_length, token_distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
@@ -384,6 +384,149 @@ def test_a_bf16_model_samples_with_fp32_log_probs():
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(row)[:, None])[:, 0]
         assert logprobs == pytest.approx(expected.tolist(), abs=0.15)  # bf16 sums in another order
     assert any(value != torch.tensor(value).bfloat16().item() for row in result.logprobs for value in row)
+
+
+# ----------------------------------------------------------------------------- rows, waves, buffers
+
+
+STOPS = tuple(range(0, 60, 6))  # an end about every sixth token: rows leave all the time
+
+
+def sampled(model: Transformer, **options):
+    """20 completions of unlike lengths, the same for everyone who asks."""
+    params = SamplingParams(20, stop_token_ids=STOPS)
+    return generate(model, PROMPTS, params, group_size=4, generator=seeded(5), **options)
+
+
+def bytes_a_row(model: Transformer, params: SamplingParams) -> int:
+    return Sampler(model, params, 1, 128).cache.bytes
+
+
+def assert_same_rollout(found, expected) -> None:
+    assert found.completions == expected.completions
+    assert found.finished == expected.finished
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_sampled_completion_does_not_depend_on_when_its_neighbours_end():
+    model = random_model(seed=3)
+    params = SamplingParams(20)
+    free = generate(model, PROMPTS, params, group_size=8, generator=seeded(5))
+    ended = generate(model, PROMPTS, SamplingParams(20, stop_token_ids=STOPS), group_size=8, generator=seeded(5))
+    assert ended.completions == [row[: first_stop(row, STOPS)] for row in free.completions]
+    assert len({len(row) for row in ended.completions}) > 5
+
+
+@pytest.mark.parametrize("rows", [1, 5, 11, 19])
+def test_waves_change_nothing_but_their_number(rows):
+    model = random_model(seed=3)
+    whole = sampled(model)
+    total = len(whole.completions)
+    parts = sampled(model, memory_limit=rows * bytes_a_row(model, SamplingParams(20)) + 1)
+    assert_same_rollout(parts, whole)
+    assert (whole.waves, parts.waves) == (1, -(-total // rows))
+
+
+def test_a_limit_that_not_even_one_row_fits_is_named():
+    with pytest.raises(ValueError, match=r"cache of one completion takes 0\.\d+ GB \(128 tokens\) and the limit is"):
+        sampled(random_model(), memory_limit=1000)
+
+
+def test_buffers_that_are_used_again_hold_nothing_of_the_last_rollout():
+    model, samplers = random_model(seed=3), {}
+    params = SamplingParams(20, stop_token_ids=STOPS)
+    first = sampled(model, samplers=samplers)
+    (kept,) = samplers.values()
+    others = [[i + 2, i] * (i + 1) for i in range(len(PROMPTS))]
+    options = {"group_size": 4}
+    again = generate(model, others, params, **options, generator=seeded(6), samplers=samplers)
+    assert next(iter(samplers.values())) is kept
+    assert_same_rollout(again, generate(model, others, params, **options, generator=seeded(6)))
+    assert_same_rollout(sampled(model, samplers=samplers), first)
+    generate(model, others[:1], params, generator=seeded(6), samplers=samplers)
+    assert kept not in samplers.values(), "two caches must not be held for two sizes"
+
+
+def test_the_memory_of_buffers_that_are_kept_counts_as_free(monkeypatch):
+    """Else every rollout would find less than the one before it, and come in more waves."""
+    model, samplers = random_model(seed=3), {}
+    need = 10 * bytes_a_row(model, SamplingParams(20))
+    free = {"bytes": need / 0.8 + 1}
+    monkeypatch.setattr(rollout, "free_memory", lambda device: free["bytes"])
+    first = sampled(model, samplers=samplers)
+    (kept,) = samplers.values()
+    free["bytes"] -= kept.cache.bytes
+    assert sampled(model, samplers=samplers) == first
+    assert first.waves == 2
+    assert list(samplers.values()) == [kept]
+
+
+def test_steps_of_the_size_of_a_graph_give_what_steps_of_the_exact_size_give(monkeypatch):
+    """What CUDA replays works on more rows and slots than are in use; the rest must do no harm."""
+    model = random_model(seed=3)
+    exact = sampled(model)
+    sizes = []
+
+    def advance(self, rows, slots):
+        size = self.bucket(rows, slots)
+        sizes.append((rows, size[0]))
+        self._step(*size)
+
+    monkeypatch.setattr(Sampler, "_advance", advance)
+    assert_same_rollout(sampled(model), exact)
+    assert any(rows < recorded for rows, recorded in sizes)
+
+
+def test_graph_sizes_are_few_and_fit():
+    sampler = Sampler(random_model(), SamplingParams(4), 200, 384)
+    sizes = {sampler.bucket(rows, 1) for rows in range(1, 201)}
+    assert len(sizes) < 25
+    for rows in range(1, 201):
+        found, slots = sampler.bucket(rows, 129)
+        assert rows <= found <= min(200, max(8, rows + rows // 4 + 8))
+        assert slots == 256
+
+
+def test_prompts_of_like_length_are_read_together():
+    prompts = [[0] * n for n in (5, 100, 6, 7, 90, 1000)]
+    assert of_like_length(prompts, 200) == [[0, 2, 3], [4, 1], [5]]
+    assert of_like_length(prompts, 1) == [[0], [2], [3], [4], [1], [5]]
+
+
+def test_each_prompt_of_a_group_is_read_once(batch_sizes, monkeypatch):
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 2 * max(map(len, PROMPTS)))
+    generate(random_model(), PROMPTS, greedy(1), group_size=7)
+    assert sum(batch_sizes) == len(PROMPTS)
+    assert len(batch_sizes) > 1
+
+
+def test_noise_at_the_ends_of_its_range_draws_no_token_that_was_ruled_out():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).expand(3, -1)
+    params = SamplingParams(1, top_k=2)  # leaves the two in the middle
+    noise = torch.tensor([2.0**-24, 0.5, 1.0])
+    tokens, logprobs = draw(logits, params, noise)
+    assert tokens.tolist() == [1, 1, 2]
+    assert logprobs.exp().tolist() == pytest.approx([1 / (1 + math.exp(-1))] * 2 + [1 / (1 + math.exp(1))])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_give_what_plain_steps_give(dtype, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = random_model(seed=3).to("cuda", dtype)
+    samplers: dict = {}
+    replayed = [sampled(model, samplers=samplers) for _ in range(3)]  # as it is, recorded, replayed
+    assert any(graph is not None for graph in next(iter(samplers.values())).graphs.values())
+    assert replayed[1] == replayed[2]
+    monkeypatch.setattr(Sampler, "_advance", lambda self, rows, slots: self._step(*self.bucket(rows, slots)))
+    plain = sampled(model)
+    for found in replayed:
+        assert found.completions == plain.completions
+    with torch.no_grad():  # weights that were changed in place are those the graphs read
+        model.head.mul_(-1)
+    assert sampled(model, samplers=samplers).completions == sampled(model).completions != plain.completions
 
 
 # ----------------------------------------------------------------------------- errors

@@ -354,9 +354,8 @@ def accumulate_gradient(model: Transformer, batch: Batch, objective, config: Con
         if len(micro.targets) == 0:
             continue
         logprobs, entropy = completion_logprobs(model, micro, batch.temperature)
-        loss, stats = objective(
-            batch, micro, logprobs, denominators[micro.members].to(model.device)[micro.rows], config
-        )
+        divisors = denominators[micro.members].to(model.device)[micro.rows]  # [N]
+        loss, stats = objective(batch, micro, logprobs, divisors, config)
         loss.backward()
         read += micro.input_ids.numel()
         totals["loss"] = totals["loss"] + loss.detach()
@@ -654,6 +653,13 @@ class State:
     shown: dict = field(default_factory=dict)  # the last reward and accuracy, for the progress line
 
 
+# What a GRPO step measures while it updates; null where it did not.
+UPDATE_STATISTICS = (
+    *("kl", "entropy", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean", "ratio_max"),
+    *("sampler_gap", "padding_fraction"),
+)
+
+
 class Trainer:
     """Model, data and state of one run, and the two kinds of step."""
 
@@ -747,16 +753,7 @@ class Trainer:
             "zero_variance_fraction": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
             "completion_length": tokens / len(rollout.completions),
             "truncated_fraction": 1 - sum(rollout.finished) / len(rollout.finished),
-            "kl": None,
-            "entropy": None,
-            "clip_fraction": None,
-            "clip_low_fraction": None,
-            "clip_high_fraction": None,
-            "ratio_mean": None,
-            "ratio_max": None,
-            "sampler_gap": None,
-            "padding_fraction": None,
-        }
+        } | dict.fromkeys(UPDATE_STATISTICS)
         self.state.shown["reward"] = record["reward_mean"]
         if not advantages.any():  # no group has a signal: a step would be Adam's momentum and nothing else
             return record

@@ -14,7 +14,7 @@ Backward. With g = d loss / d logprob, h = d loss / d entropy, H the entropy and
     d loss / d z_j = g (1[j = target] - p_j) - h p_j (log p_j + H).
 
 Logits are recomputed, not stored. For one slice of the vocabulary after another, a kernel writes this gradient as a
-slab [N, slice] in the operands' 16 bits, and two cuBLAS products use it up: d weight[slice] = slab^T hidden, written
+slab [N, slice] in the operands' dtype, and two cuBLAS products use it up: d weight[slice] = slab^T hidden, written
 once, and d hidden += slab weight[slice], summed in fp32 (rounding each slice's part to bf16 first would bias it).
 
 The simpler plan is chunks of cuBLAS logits folded by one kernel that reads them row by row. `benchmarks/kernels.py`

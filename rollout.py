@@ -106,11 +106,11 @@ def prefill(model: Transformer, prompts: list[list[int]]) -> tuple[Tensor, KVCac
     return model.logits(hidden[torch.arange(len(prompts), device=model.device), last]), cache
 
 
-def of_like_length(prompts: list[list[int]], most_tokens: int) -> list[list[int]]:
-    """Indices of the prompts, sorted by length and cut into pieces of `most_tokens`, padding included."""
+def of_like_length(lengths: list[int], most_tokens: int) -> list[list[int]]:
+    """Indices of sequences, sorted by length and cut into pieces of at most `most_tokens`, padding included."""
     pieces: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if pieces and (len(pieces[-1]) + 1) * len(prompts[i]) <= most_tokens:  # i is the longest so far
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if pieces and (len(pieces[-1]) + 1) * lengths[i] <= most_tokens:  # i is the longest so far
             pieces[-1].append(i)
         else:
             pieces.append([i])
@@ -171,7 +171,7 @@ class Sampler:
     def _read_prompts(self, prompts: list[list[int]]) -> None:
         """Read each distinct prompt once, copy its cache to its rows, and draw their first tokens."""
         distinct = list(dict.fromkeys(map(tuple, prompts)))
-        for piece in of_like_length(distinct, PREFILL_TOKENS):
+        for piece in of_like_length(list(map(len, distinct)), PREFILL_TOKENS):
             place = {distinct[q]: i for i, q in enumerate(piece)}
             logits, cache = prefill(self.model, [list(prompt) for prompt in place])
             rows = [row for row, prompt in enumerate(prompts) if tuple(prompt) in place]

@@ -69,7 +69,7 @@ import kernels
 from data import Task, load_task
 from data.tokenizer import END, train_tokenizer
 from model import ModelConfig, Transformer
-from rollout import Rollout, SamplingParams, generate, load_pretrained, resolve_device
+from rollout import Rollout, SamplingParams, generate, load_pretrained, of_like_length, resolve_device
 from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
 # ============================================================================= controllers
@@ -235,13 +235,7 @@ def micro_batches(batch: Batch, most_tokens: int, device: torch.device) -> list[
     """Cut a batch into pieces of at most `most_tokens` (padding included; 0: by device), like lengths together."""
     most_tokens = most_tokens or (2048 if device.type == "cpu" else 16384)
     lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
-    pieces: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if pieces and (len(pieces[-1]) + 1) * lengths[i] <= most_tokens:  # i is the longest so far
-            pieces[-1].append(i)
-        else:
-            pieces.append([i])
-    return [_collate(batch, members, device) for members in pieces]
+    return [_collate(batch, members, device) for members in of_like_length(lengths, most_tokens)]
 
 
 def _collate(batch: Batch, members: list[int], device) -> MicroBatch:

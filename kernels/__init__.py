@@ -18,14 +18,14 @@ from . import reference as reference
 CHOICE = os.environ.get("SASR_KERNELS", "auto")
 if CHOICE not in ("auto", "reference", "triton"):
     raise ImportError(f"SASR_KERNELS={CHOICE!r}: choose from auto, reference, triton")
+TRITON_IS_THERE = importlib.util.find_spec("triton") is not None  # asked once: the answer takes a look at the disk
 
 
 def _fused(tensor: Tensor) -> bool:
     """Whether a call on this tensor goes to Triton. There is no Triton outside Linux, and fp64 is for checks only."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if CHOICE == "auto":
-        there = importlib.util.find_spec("triton") is not None
-        return tensor.is_cuda and tensor.dtype != torch.float64 and there and not interpreted
+        return tensor.is_cuda and tensor.dtype != torch.float64 and TRITON_IS_THERE and not interpreted
     if CHOICE == "triton" and not tensor.is_cuda and not interpreted:
         raise RuntimeError("SASR_KERNELS=triton needs tensors on CUDA; on a CPU set TRITON_INTERPRET=1 as well (slow)")
     return CHOICE == "triton"

@@ -489,9 +489,9 @@ def test_graph_sizes_are_few_and_fit():
 
 
 def test_prompts_of_like_length_are_read_together():
-    prompts = [[0] * n for n in (5, 100, 6, 7, 90, 1000)]
-    assert of_like_length(prompts, 200) == [[0, 2, 3], [4, 1], [5]]
-    assert of_like_length(prompts, 1) == [[0], [2], [3], [4], [1], [5]]
+    lengths = [5, 100, 6, 7, 90, 1000]
+    assert of_like_length(lengths, 200) == [[0, 2, 3], [4, 1], [5]]
+    assert of_like_length(lengths, 1) == [[0], [2], [3], [4], [1], [5]]
 
 
 def test_each_prompt_of_a_group_is_read_once(batch_sizes, monkeypatch):

@@ -31,6 +31,11 @@ from model import KVCache, Transformer
 STEPS_BETWEEN_CHECKS = 4  # asking "who has ended?" waits for the device, so not at every token
 PREFILL_TOKENS = 8192  # tokens, padding included, that are read at once; prompts of like lengths go together
 
+# On a CPU a vocabulary of 152k makes tensors that leave the caches, and that the system must map anew at every token.
+# Pieces of these sizes stay: that took a third off such a step.
+HEAD_PIECE = 512  # rows of the output matrix
+DRAW_PIECE = 2**20  # log-probs
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -69,7 +74,8 @@ def token_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0:
         best = logits.argmax(-1, keepdim=True)  # [B, 1]
         return torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
-    logits = logits / params.temperature
+    if params.temperature != 1:
+        logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
         smallest_kept = logits.topk(params.top_k).values[:, -1:]  # [B, 1]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
@@ -80,18 +86,22 @@ def token_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def draw(logits: Tensor, params: SamplingParams, noise: Tensor) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, noise: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """One token a row from logits [B, V], and its log-prob: [B] int64, [B] fp32.
 
     noise [B] is uniform on (0, 1]: the token is the first at which the cumulative probability reaches it. That takes
     one random number a row, where the usual race of exponentials takes V; cumulative sums in fp32 resolve
     probabilities down to 6e-8. A token that is ruled out adds nothing to the sum, so it is never the first.
     """
+    at_once = max(1, DRAW_PIECE // logits.shape[1])
+    if logits.device.type == "cpu" and len(logits) > at_once:
+        parts = [draw(*part, params=params) for part in zip(logits.split(at_once), noise.split(at_once), strict=True)]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
     logprobs = token_distribution(logits.float(), params)  # [B, V]
     if params.temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        cumulative = logprobs.exp().cumsum(-1)  # [B, V]
+        cumulative = logprobs.exp().cumsum_(-1)  # [B, V]
         tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(-1)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
@@ -136,6 +146,7 @@ class Sampler:
         # One column to spare: what a row draws after its end goes there.
         self.tokens = torch.zeros(total, params.max_new_tokens + 1, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(total, params.max_new_tokens + 1, device=device)
+        self.logits = model.head.new_empty(total, len(model.head)) if device.type == "cpu" else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all graphs
@@ -221,12 +232,22 @@ class Sampler:
         last = self.tokens[owner, drawn - 1]
         positions = self.prompt_lengths[owner] + drawn - 1
         hidden = self.model(last[:, None], positions=positions[:, None], cache=self.cache.first(rows, slots))
-        self._write(owner, self.model.logits(hidden[:, 0]))
+        self._write(owner, self._logits(hidden[:, 0]))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[B, D] -> [B, V]; on a CPU piece by piece, into memory that is kept."""
+        if self.logits is None:
+            return self.model.logits(hidden)
+        logits = self.logits[: len(hidden)]
+        for start in range(0, logits.shape[1], HEAD_PIECE):
+            piece = slice(start, start + HEAD_PIECE)
+            torch.mm(hidden, self.model.head[piece].t(), out=logits[:, piece])
+        return logits
 
     def _write(self, owner: Tensor, logits: Tensor) -> None:
         """Draw the next token of these completions, from logits [B, V]."""
         alive, length = self.alive[owner], self.lengths[owner]  # [B]
-        token, logprob = draw(logits, self.params, self.noise[owner, length % STEPS_BETWEEN_CHECKS])
+        token, logprob = draw(logits, self.noise[owner, length % STEPS_BETWEEN_CHECKS], self.params)
         column = torch.where(alive, length, self.params.max_new_tokens)
         self.tokens[owner, column] = token
         self.logprobs[owner, column] = logprob

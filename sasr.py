@@ -68,8 +68,8 @@ from torch import Tensor
 import kernels
 from data import Task, load_task
 from data.tokenizer import END, train_tokenizer
-from model import ModelConfig, Transformer
-from rollout import Rollout, SamplingParams, generate, load_pretrained, of_like_length, resolve_device
+from model import ModelConfig, SharedPrompts, Transformer
+from rollout import Rollout, SamplingParams, generate, load_pretrained, resolve_device
 from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
 # ============================================================================= controllers
@@ -222,39 +222,70 @@ class Batch:
 
 @dataclass
 class MicroBatch:
-    """Some sequences of a batch, padded on the right, and where their completion tokens are."""
+    """Some sequences of a batch, padded on the right. A prompt that several of them share is there once."""
 
     members: list[int]  # which sequences of the batch, b of them
-    input_ids: Tensor  # [b, T] int64; causality keeps the padding from mattering
+    prompts: Tensor  # [q, T_prompt] int64
+    prompt_lengths: Tensor  # [q]
+    owner: Tensor  # [b] the prompt of each sequence
+    completions: Tensor  # [b, T] int64
     rows: Tensor  # [N] the sequence of each completion token
-    before: Tensor  # [N] the position whose hidden state predicts it
+    columns: Tensor  # [N] its place in the completion
     targets: Tensor  # [N] the token itself
+    padding: int  # tokens that are none
 
 
 def micro_batches(batch: Batch, most_tokens: int, device: torch.device) -> list[MicroBatch]:
     """Cut a batch into pieces of at most `most_tokens` (padding included; 0: by device), like lengths together."""
     most_tokens = most_tokens or (2048 if device.type == "cpu" else 16384)
-    lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
-    return [_collate(batch, members, device) for members in of_like_length(lengths, most_tokens)]
+    pieces: list[list[int]] = []
+    for i in sorted(range(len(batch.prompts)), key=lambda i: (len(batch.completions[i]), batch.prompts[i])):
+        if pieces and _tokens_to_read(batch, [*pieces[-1], i]) <= most_tokens:
+            pieces[-1].append(i)
+        else:
+            pieces.append([i])
+    return [_collate(batch, members, device) for members in pieces]
 
 
-def _collate(batch: Batch, members: list[int], device) -> MicroBatch:
-    longest = max(len(batch.prompts[i]) + len(batch.completions[i]) for i in members)
-    input_ids = torch.zeros(len(members), longest, dtype=torch.long)  # [b, T]
-    rows, before, targets = [], [], []
-    for row, i in enumerate(members):
-        prompt, completion = batch.prompts[i], batch.completions[i]
-        input_ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        rows += [row] * len(completion)
-        before += range(len(prompt) - 1, len(prompt) + len(completion) - 1)
-        targets += completion
-    rows, before, targets = (torch.tensor(x, dtype=torch.long, device=device) for x in (rows, before, targets))
-    return MicroBatch(members, input_ids.to(device), rows, before, targets)
+def _tokens_to_read(batch: Batch, members: list[int]) -> int:
+    """Padding included, and each distinct prompt once."""
+    prompts = {tuple(batch.prompts[i]) for i in members}
+    return len(prompts) * max(map(len, prompts)) + len(members) * max(len(batch.completions[i]) for i in members)
+
+
+def _collate(batch: Batch, members: list[int], device: torch.device) -> MicroBatch:
+    prompts = list(dict.fromkeys(tuple(batch.prompts[i]) for i in members))
+    place = {prompt: row for row, prompt in enumerate(prompts)}
+    completions = [batch.completions[i] for i in members]
+    targets = [token for completion in completions for token in completion]
+    padded = [
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in sequences], batch_first=True)
+        for sequences in (prompts, completions)
+    ]
+    return MicroBatch(
+        members,
+        padded[0].to(device),
+        torch.tensor([len(prompt) for prompt in prompts], device=device),
+        torch.tensor([place[tuple(batch.prompts[i])] for i in members], device=device),
+        padded[1].to(device),
+        torch.tensor([row for row, c in enumerate(completions) for _ in c], dtype=torch.long, device=device),
+        torch.tensor([t for c in completions for t in range(len(c))], dtype=torch.long, device=device),
+        torch.tensor(targets, dtype=torch.long, device=device),
+        padding=_tokens_to_read(batch, members) - sum(map(len, prompts)) - len(targets),
+    )
 
 
 def completion_hidden(model: Transformer, micro: MicroBatch) -> Tensor:
     """The hidden states that predict the completion tokens, [N, D]; prompts and padding never meet the vocabulary."""
-    return model(micro.input_ids)[micro.rows, micro.before]
+    shared = SharedPrompts(micro.prompt_lengths, micro.owner)
+    of_prompts = model(micro.prompts, cache=shared)  # [q, T_prompt, D]
+    last = micro.prompt_lengths - 1  # [q]
+    hidden = of_prompts[micro.owner, last[micro.owner]][:, None]  # [b, 1, D] predicts the first token
+    if micro.completions.shape[1] > 1:
+        read = micro.completions[:, :-1]  # nothing follows the last
+        positions = micro.prompt_lengths[micro.owner, None] + torch.arange(read.shape[1], device=read.device)
+        hidden = torch.cat((hidden, model(read, positions, shared)), dim=1)  # [b, T, D]
+    return hidden[micro.rows, micro.columns]
 
 
 def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -343,7 +374,7 @@ def accumulate_gradient(model: Transformer, batch: Batch, objective, config: Con
     if denominators is None:
         denominators = torch.full((len(batch.completions),), max(batch.tokens, 1))
     totals: dict[str, Tensor] = {"loss": torch.zeros((), device=model.device)}
-    read = 0  # tokens, padding included
+    read = padding = 0  # tokens; padding is part of what is read
     for micro in micro_batches(batch, config.tokens_per_microbatch, model.device):
         if len(micro.targets) == 0:
             continue
@@ -351,7 +382,8 @@ def accumulate_gradient(model: Transformer, batch: Batch, objective, config: Con
         divisors = denominators[micro.members].to(model.device)[micro.rows]  # [N]
         loss, stats = objective(batch, micro, logprobs, divisors, config)
         loss.backward()
-        read += micro.input_ids.numel()
+        read += micro.prompts.numel() + micro.completions.numel()
+        padding += micro.padding
         totals["loss"] = totals["loss"] + loss.detach()
         for key, value in (stats | {"entropy": entropy.detach().sum()}).items():
             if key.endswith("_max"):
@@ -360,8 +392,7 @@ def accumulate_gradient(model: Transformer, batch: Batch, objective, config: Con
                 totals[key] = totals.get(key, 0.0) + value / batch.tokens
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     values = torch.stack([value.double() for value in totals.values()]).tolist()  # the one wait for the device
-    padding = 1 - (batch.tokens + sum(map(len, batch.prompts))) / max(read, 1)
-    return dict(zip(totals, values, strict=True)) | {"padding_fraction": padding}
+    return dict(zip(totals, values, strict=True)) | {"padding_fraction": padding / max(read, 1)}
 
 
 def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:

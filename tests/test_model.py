@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from model import KVCache, ModelConfig, Transformer, read_config, rope_frequencies
+from model import KVCache, Linear, ModelConfig, SharedPrompts, Transformer, read_config, rope_frequencies
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 SHAPE = {
@@ -252,6 +252,46 @@ def test_the_first_rows_of_a_cache_share_its_memory_and_copied_rows_do_not():
     changed = (cache.keys != before).any(-1)[:, :, 0]  # [L, B, S]
     assert changed[:, 0, 4].all()
     assert changed.sum() == model.config.num_hidden_layers, "that slot of that row, in every layer, and nothing else"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_of_shared_prompts_have_the_states_and_gradients_of_whole_sequences(family, checkpointing):
+    """Against theirs, which reads every sequence whole; ragged prompts, one of them with no completion."""
+    theirs = their_model(family)
+    ours, theirs = our_copy(theirs).double(), theirs.double()
+    lengths, owner, time = [5, 2, 9, 4], torch.tensor([2, 0, 0, 2, 1]), 6
+    prompts, completions = random_ids(4, 9), random_ids(5, time, seed=2)
+    weights = torch.randn(5, time, SHAPE["vocab_size"], generator=torch.Generator().manual_seed(3)).double()
+
+    sequences = [torch.cat((prompts[q, : lengths[q]], completions[b])) for b, q in enumerate(owner.tolist())]
+    expected = torch.stack([theirs(s[None]).logits[0, -time:] for s in sequences])
+    (expected * weights).sum().backward()
+
+    ours.gradient_checkpointing = checkpointing
+    shared = SharedPrompts(torch.tensor(lengths), owner)
+    ours(prompts, cache=shared)
+    positions = torch.tensor(lengths)[owner, None] + torch.arange(time)
+    found = ours.logits(ours(completions, positions, shared))
+    (found * weights).sum().backward()
+
+    assert_close(found, expected, 1e-5)  # theirs has its angles and norms in fp32
+    for name, parameter in theirs.named_parameters():
+        assert_close(
+            ours.get_parameter(name).grad / parameter.grad.norm(), parameter.grad / parameter.grad.norm(), 1e-6
+        )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 1), (128, 1), (5, 3), (129, 1), (1, 1)], ids=str)
+@torch.no_grad()
+def test_few_rows_through_a_large_matrix_give_the_product(shape, bias):
+    generator = torch.Generator().manual_seed(0)
+    layer, x = Linear(512, 640, bias=bias), torch.randn(*shape, 512, generator=generator)
+    found = layer(x)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    assert found.view(*shape, 8, 80).shape == (*shape, 8, 80)  # heads are cut out of it
 
 
 @pytest.fixture

@@ -505,9 +505,33 @@ def test_noise_at_the_ends_of_its_range_draws_no_token_that_was_ruled_out():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).expand(3, -1)
     params = SamplingParams(1, top_k=2)  # leaves the two in the middle
     noise = torch.tensor([2.0**-24, 0.5, 1.0])
-    tokens, logprobs = draw(logits, params, noise)
+    tokens, logprobs = draw(logits, noise, params)
     assert tokens.tolist() == [1, 1, 2]
     assert logprobs.exp().tolist() == pytest.approx([1 / (1 + math.exp(-1))] * 2 + [1 / (1 + math.exp(1))])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(1), SamplingParams(1, 0.7, 9, 0.8), greedy(1)], ids=str)
+def test_a_wide_vocabulary_is_drawn_from_in_pieces_of_rows(params, monkeypatch):
+    logits, noise = torch.randn(10, 300, generator=seeded(0)), 1 - torch.rand(10, generator=seeded(1))
+    whole = draw(logits, noise, params)
+    for elements in (1, 300, 1000):
+        monkeypatch.setattr(rollout, "DRAW_PIECE", elements)
+        for found, expected in zip(draw(logits, noise, params), whole, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_large_model_takes_the_short_cuts_and_draws_from_the_same_distribution(monkeypatch):
+    """Wide enough for products that are turned round, and for pieces of the vocabulary."""
+    monkeypatch.setattr(rollout, "DRAW_PIECE", 3000)
+    wide = {"vocab_size": 1300, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64}
+    model = random_model("qwen2", scale=0.05, **wide)
+    params = SamplingParams(12, stop_token_ids=tuple(range(100)))
+    result = generate(model, PROMPTS, params, group_size=4, generator=seeded(3))
+    for index, (row, logprobs) in enumerate(zip(result.completions, result.logprobs, strict=True)):
+        prompt = PROMPTS[index // 4]
+        hidden = model(torch.tensor([prompt + row]))  # with gradients, so without short cuts
+        score = model.logits(hidden)[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert logprobs == pytest.approx(score.gather(-1, torch.tensor(row)[:, None])[:, 0].tolist(), abs=1e-4)
 
 
 @pytest.mark.gpu

@@ -337,15 +337,36 @@ def test_in_fp32_too_the_cut_changes_less_than_1e_5():
 
 def test_micro_batches_keep_the_budget_and_every_sequence():
     batch = ragged_batch(count=40)
-    lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
     pieces = sasr.micro_batches(batch, 50, torch.device("cpu"))
     assert sorted(itertools.chain(*(piece.members for piece in pieces))) == list(range(40))
     for piece in pieces:
-        assert piece.input_ids.numel() <= 50
-        assert piece.input_ids.shape[1] == max(lengths[i] for i in piece.members)
+        assert piece.prompts.numel() + piece.completions.numel() <= 50
         said = [token for i in piece.members for token in batch.completions[i]]
         assert piece.targets.tolist() == said
-        assert piece.input_ids[piece.rows, piece.before + 1].tolist() == said
+        assert piece.completions[piece.rows, piece.columns].tolist() == said
+        for row, i in zip(piece.owner.tolist(), piece.members, strict=True):
+            assert piece.prompts[row, : piece.prompt_lengths[row]].tolist() == batch.prompts[i]
+        read = piece.prompts.numel() + piece.completions.numel()
+        assert piece.padding == read - len(said) - piece.prompt_lengths.sum()
+
+
+def test_a_prompt_is_read_once_for_its_completions(monkeypatch):
+    model, read = tiny_model(), []
+    forward = Transformer.forward
+    monkeypatch.setattr(
+        Transformer,
+        "forward",
+        lambda self, ids, *more, **named: read.append(ids.shape) or forward(self, ids, *more, **named),
+    )
+    prompts = [[1, 2, 3, 4], [5, 6]]
+    batch = Batch([prompts[i // 3] for i in range(6)], [[7], [8, 9], [7, 8, 9], [4, 4], [9], [3, 2, 1]])
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
+    assert read == [(2, 4), (6, 2)]  # both prompts, and what precedes the last tokens of the completions
+    assert stats["padding_fraction"] == pytest.approx((2 + 6) / (2 * 4 + 6 * 3))
+    read.clear()
+    batch = Batch([[1, 2], [1, 2]], [[3], [4]])
+    sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
+    assert read == [(1, 2)]  # completions of one token have nothing to read
 
 
 def test_the_norm_is_taken_before_clipping_and_the_gradient_after():
@@ -368,7 +389,7 @@ def test_an_empty_completion_adds_nothing_and_no_nan():
 
 def test_padding_is_the_share_of_tokens_read_that_are_none():
     model = tiny_model()
-    batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # 4, 6 and 2 tokens, read as 3 rows of 6
+    batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # prompts are read as 3 x 3, completions too
     stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
     assert stats["padding_fraction"] == pytest.approx(1 - 12 / 18)
     alone = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(tokens_per_microbatch=1))

@@ -401,7 +401,7 @@ def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=model.device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -452,6 +452,7 @@ class Config:
     heads: int = option(4, "from scratch: attention heads", low=1)
     vocab_size: int = option(1024, "from scratch: most tokens that the tokenizer may learn", low=257)
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
+    compile: bool = option(False, "torch.compile the model for training: minutes at the first steps, faster ones after")
     # --- how long
     warmup_steps: int = option(250, "SFT steps before the adaptive stage", low=0)
     steps: int = option(500, "steps of the adaptive stage, counted from its beginning also on --resume", low=0)
@@ -719,6 +720,10 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         # What samples are drawn from: the model itself, or on CUDA a bf16 copy of it.
         self.sampler = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).bfloat16()
+        if config.compile:
+            if self.sampler is self.model:
+                self.sampler = copy.copy(self.model)  # the same weights; for sampling, compiled code is the slower one
+            self.model.compile(dynamic=True)
         self.samplers: dict = {}  # buffers and CUDA graphs of the last rollout, for the next
         self.waves = 1
         self.reference: Transformer | None = None
@@ -849,7 +854,7 @@ class Trainer:
 
     @torch.no_grad()
     def _refresh_sampler(self) -> None:
-        if self.sampler is not self.model:
+        if self.device.type == "cuda":  # elsewhere the weights are shared
             for copied, trained in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
                 copied.copy_(trained)
 
@@ -989,8 +994,7 @@ class Trainer:
                 self.reference.get_parameter(name).copy_(tensors[f"reference.{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"optimizer.{key}.{name}" in tensors:
-                    on_host = key == "step" and not self.optimizer.defaults["fused"]
-                    moment = tensors[f"optimizer.{key}.{name}"].to("cpu" if on_host else parameter.device)
+                    moment = tensors[f"optimizer.{key}.{name}"].to(parameter.device)
                     self.optimizer.state[parameter][key] = moment
         self.controller.load_state_dict(saved["controller"])
         self.state = State(**saved["state"])
@@ -1144,7 +1148,7 @@ GROUPS = {  # the first field of each group of flags in --help
 # What a resumed run may change without making the steps already taken untrue.
 RESUMABLE = (
     *("steps", "decay_fraction", "lr_schedule", "eval_every", "eval_examples", "save_every", "out", "device"),
-    *("rollout_memory", "offload_reference"),
+    *("rollout_memory", "offload_reference", "compile"),
 )
 
 

@@ -208,49 +208,45 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (1e-3 * triton.testing.do_bench(lambda: target.copy_(source), return_mode="median"))
 
 
-def compare(device: str, shapes: list[str], repeats: int) -> list[dict]:
+def compare(shape: str, device: str, repeats: int, ceiling: float | None) -> list[dict]:
+    """A table for each case of a shape; ceiling: measured copy bandwidth, bytes a second."""
     rows = []
-    ceiling = copy_bandwidth() if device == "cuda" else None
-    for shape in shapes:
-        for case in CASES[device].get(shape, []):
-            count, group, shortest, longest, mean, most = case
-            spread = f"about {mean} new tokens, {most} at most" if mean else f"{most} new tokens each"
-            print(f"\n{shape}: {count} prompts of {shortest} to {longest} tokens, {group} completions each, {spread}")
-            print(f"{'':26}{'tokens/s':>10}{'ratio':>8}{'seconds':>10}{'tokens':>9}{'peak GB':>9}")
-            ours = None
-            for engine in ENGINES:
-                row = child(engine, shape, case, device, repeats)
-                rows.append({"shape": shape, "case": list(case), "engine": engine} | row)
-                if "missing" in row:
-                    print(f"{engine:26}missing: {row['missing']}")
-                    continue
-                ours = ours or row
-                ratio = ours["tokens_per_second"] / row["tokens_per_second"]
-                text = (
-                    f"{engine:26}{row['tokens_per_second']:10.0f}{ratio:7.2f}x{row['seconds']:10.2f}{row['tokens']:9}"
-                )
-                text += f"{row['peak_bytes'] / 1e9:9.2f}"
-                if "bandwidth" in row:
-                    text += f"   {row['bandwidth'] / ceiling:.0%} of copy bandwidth"
-                print(text, flush=True)
+    for case in CASES[device].get(shape, []):
+        count, group, shortest, longest, mean, most = case
+        spread = f"about {mean} new tokens, {most} at most" if mean else f"{most} new tokens each"
+        print(f"\n{shape}: {count} prompts of {shortest} to {longest} tokens, {group} completions each, {spread}")
+        print(f"{'':26}{'tokens/s':>10}{'ratio':>8}{'seconds':>10}{'tokens':>9}{'peak GB':>9}")
+        ours = None
+        for engine in ENGINES:
+            row = child(engine, shape, case, device, repeats)
+            rows.append({"shape": shape, "case": list(case), "engine": engine} | row)
+            if "missing" in row:
+                print(f"{engine:26}missing: {row['missing']}")
+                continue
+            ours = ours or row
+            ratio = ours["tokens_per_second"] / row["tokens_per_second"]
+            text = f"{engine:26}{row['tokens_per_second']:10.0f}{ratio:7.2f}x{row['seconds']:10.2f}{row['tokens']:9}"
+            text += f"{row['peak_bytes'] / 1e9:9.2f}"
+            if "bandwidth" in row:
+                text += f"   {row['bandwidth'] / ceiling:.0%} of copy bandwidth"
+            print(text, flush=True)
     return rows
 
 
-def curve(device: str, shapes: list[str], repeats: int) -> list[dict]:
+def curve(shape: str, device: str, repeats: int) -> list[dict]:
     """Microseconds a new token costs this project, over batch and over length."""
     rows = []
-    for shape in shapes:
-        print(f"\n{shape}: microseconds a token; prompts of 30 tokens, groups of 8, no stop tokens")
-        lengths = (64, 128, 256, 512) if shape == "small" or device == "cuda" else (16, 32, 64)
-        print(f"{'rows':>6}" + "".join(f"{f'{most} new':>12}" for most in lengths))
-        for count in (2, 8, 32):
-            line = f"{8 * count:6}"
-            for most in lengths:
-                row = child("this project", shape, (count, 8, 30, 30, 0, most), device, repeats)
-                cost = 1e6 / row["tokens_per_second"]
-                rows.append({"shape": shape, "rows": 8 * count, "new_tokens": most, "us_per_token": cost})
-                line += f"{cost:12.1f}"
-            print(line, flush=True)
+    print(f"\n{shape}: microseconds a token; prompts of 30 tokens, groups of 8, no stop tokens")
+    lengths = (64, 128, 256, 512) if shape == "small" or device == "cuda" else (16, 32, 64)
+    print(f"{'rows':>6}" + "".join(f"{f'{most} new':>12}" for most in lengths))
+    for count in (2, 8, 32):
+        line = f"{8 * count:6}"
+        for most in lengths:
+            row = child("this project", shape, (count, 8, 30, 30, 0, most), device, repeats)
+            cost = 1e6 / row["tokens_per_second"]
+            rows.append({"shape": shape, "rows": 8 * count, "new_tokens": most, "us_per_token": cost})
+            line += f"{cost:12.1f}"
+        print(line, flush=True)
     return rows
 
 
@@ -277,10 +273,14 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
     }
     print(f"{result['device']}, {result['threads']} threads, torch {result['torch']}")
+    ceiling = copy_bandwidth() if arguments.device == "cuda" and not arguments.curve else None
     results = []
     for shape in shapes:
         repeats = arguments.repeats or (5 if shape == "small" else 3 if arguments.device == "cuda" else 1)
-        results += (curve if arguments.curve else compare)(arguments.device, [shape], repeats)
+        if arguments.curve:
+            results += curve(shape, arguments.device, repeats)
+        else:
+            results += compare(shape, arguments.device, repeats, ceiling)
     print(json.dumps(result | {"curve" if arguments.curve else "results": results}))
     return 0
 

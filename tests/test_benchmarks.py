@@ -4,8 +4,10 @@ import json
 
 import matplotlib.pyplot as plt
 import pytest
+import transformers
 
-from benchmarks import compare, plot
+from benchmarks import compare, plot, step
+from data import load_task
 
 
 @pytest.fixture
@@ -71,3 +73,33 @@ def test_compare_groups_seeds_and_gives_intervals_by_hand(tmp_path, capsys):
 def test_a_folder_that_is_no_run_is_named(tool, tmp_path, capsys):
     assert tool.main([str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_the_phases_of_a_step_add_up_and_uncounted_steps_are_left_out():
+    request = {"uncounted": 1}
+    result = step.result_of([9.0, 2.0, 4.0, 3.0], [900, 10, 20, 30], {"rollout": 3.0, "rewards": 1.5}, request)
+    assert result["seconds"] == 3
+    assert result["tokens"] == 20
+    assert result["phases"] == pytest.approx({"rollout": 1, "rewards": 0.5, "update": 1.5})
+
+
+def test_every_text_gets_a_reward_of_its_own():
+    task = load_task("countdown", train_size=4, test_size=1)
+    example = task.train[0]
+    good, bad = (step.reward_of(task, text, example) for text in (example.demonstration, "no answer"))
+    assert task.grade(example.demonstration, example).reward == 1 <= good < 2
+    assert 0 < bad < 1
+    assert len({step.reward_of(task, f"no answer {i}", example) for i in range(50)}) > 40
+
+
+def test_both_engines_start_from_one_checkpoint(tmp_path, monkeypatch):
+    """A short run of what the benchmark does, and transformers opens what the peer is given."""
+    monkeypatch.setitem(step.TASKS, "small", {"task": "countdown:train_size=64,test_size=1", "warmup_steps": 2})
+    shared = step.make_checkpoint("small", tmp_path / "model", "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(shared["model"])
+    assert transformers.AutoTokenizer.from_pretrained(shared["model"]).eos_token_id == theirs.config.eos_token_id
+    request = shared | {"steps": 2, "uncounted": 1, "inner_updates": 2, "device": "cpu", "max_new_tokens": 5}
+    result = step.of_this_project(request)
+    assert list(result["phases"]) == ["rollout", "rewards", "log-probs", "update"]
+    assert all(seconds > 0 for seconds in result["phases"].values())
+    assert 0 < result["tokens"] <= 8 * 8 * 5

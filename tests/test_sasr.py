@@ -534,6 +534,33 @@ def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_p
     assert ratios[0] < 1e-5 < ratios[1] < ratios[2]
 
 
+@pytest.mark.parametrize(
+    ("backend", "checkpointing"),
+    [
+        ("eager", False),
+        pytest.param("aot_eager", True, marks=pytest.mark.nightly),
+        pytest.param("inductor", False, marks=pytest.mark.nightly),
+    ],
+)
+def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path, monkeypatch):
+    whole = Transformer.compile
+    monkeypatch.setattr(Transformer, "compile", lambda self, **options: whole(self, backend=backend, **options))
+    torch._dynamo.reset()
+    norms, weights = [], []
+    for compile_it in (False, True):
+        trainer = small_trainer(tmp_path, compile=compile_it, gradient_checkpointing=checkpointing, kl_coef=0.1)
+        trainer.reference = trainer._frozen_copy()
+        trainer._rewards = lambda completions, chosen: torch.arange(6.0).view(2, 3) % 3
+        norms.append(
+            [trainer.sft_step()["grad_norm"], trainer.grpo_step()["grad_norm"], trainer.sft_step()["grad_norm"]]
+        )
+        weights.append(list(trainer.model.parameters()))
+        assert all(a is b for a, b in zip(weights[-1], trainer.sampler.parameters(), strict=True))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert norms[0][1] > 0
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-4)
+
+
 def test_a_probe_measures_on_fresh_demonstrations_and_does_not_step(tmp_path):
     trainer = small_trainer(tmp_path)
     before = [p.clone() for p in trainer.model.parameters()]

@@ -8,10 +8,11 @@ Three things differ from the code that people know:
 
 * `forward` returns hidden states, not logits. A training step needs the logits of the drawn tokens only,
   and `kernels.token_logprobs` gets those without holding a large [N, V] matrix.
-* A row's token at position p lives in cache slot p. One rule, `slot <= position`, is then the whole
-  attention mask: ragged prompts are padded on the right, and a pad's slot is overwritten by the first
-  real token that needs it before anyone may look at it.
-* There is no attention mask argument. Right padding and causality make it unnecessary in training too.
+* A row's token at position p lives in cache slot p. One rule, `slot <= position`, is then the whole mask of
+  decoding: ragged prompts are padded on the right, and a pad's slot is overwritten by the first real token
+  that needs it before anyone may look at it.
+* There is no attention mask argument. What a token sees follows from the cache: nothing but the tokens before
+  it (no cache), a row's own past (`KVCache`), or a prompt that several completions share (`SharedPrompts`).
 
 Shape letters: B sequences, T time, S cache slots, D hidden, H query heads, K key-value heads, L layers, V vocabulary,
 N completion tokens.
@@ -256,12 +257,12 @@ class SharedPrompts:
 class Linear(nn.Linear):
     """x W^T + bias, turned round where that is faster: for the few rows of a decoding step on a CPU.
 
-    For large W and at most a hundred rows MKL computes W x^T a quarter faster than x W^T. The result is a view of that.
+    For large W and at most 128 rows MKL computes W x^T a quarter faster than x W^T. The result is a view of that.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if torch.is_grad_enabled() or x.device.type != "cpu" or rows > 128 or self.weight.numel() < 2**18:
+        if self.weight.numel() < 2**18 or torch.is_grad_enabled() or x.device.type != "cpu" or rows > 128:
             return super().forward(x)
         turned = x.reshape(rows, -1).T  # [in, rows]
         out = self.weight @ turned if self.bias is None else torch.addmm(self.bias[:, None], self.weight, turned)
@@ -311,7 +312,7 @@ class Attention(nn.Module):
         else:
             k, v = cache.extended(self.layer, positions, k, v)  # [B, K, S, head_dim]
             # The heads that share keys become the rows of one attention, and no one copies keys for them.
-            rows = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)  # [B, K, H / K * T, head_dim]
+            rows = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim).contiguous()  # [B, K, H / K * T, head_dim]
             out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).reshape(q.shape)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
 
@@ -394,9 +395,8 @@ class Transformer(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)  # [B, T]
         elif cache is not None:
             visible = cache.visible(positions)  # [B, 1, T, S]
-            if input_ids.shape[1] > 1:  # a row for each of the heads that share keys; a single one serves them all
-                heads = self.config.num_attention_heads // self.config.num_key_value_heads
-                visible = visible.repeat(1, 1, heads, 1)  # [B, 1, H / K * T, S]
+            if input_ids.shape[1] > 1:
+                visible = self._as_bias(visible)
         x = self.model["embed_tokens"](input_ids)  # [B, T, D]
         cos, sin = self._angles(positions, x.dtype)  # [B, 1, T, head_dim]
         for layer in self.model["layers"]:
@@ -406,6 +406,16 @@ class Transformer(nn.Module):
             else:
                 x = layer(*inputs)
         return self.model["norm"](x)  # [B, T, D]
+
+    def _as_bias(self, visible: Tensor) -> Tensor:
+        """0 where a token sees a slot, else -inf: [B, 1, H / K * T, S], a row for each of the heads that share keys.
+
+        Attention makes this of a bool mask by itself, but in every layer anew, and keeps each for backward.
+        """
+        kind = visible.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+        return bias.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.frequencies.device != positions.device:

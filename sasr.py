@@ -228,63 +228,79 @@ class MicroBatch:
     prompts: Tensor  # [q, T_prompt] int64
     prompt_lengths: Tensor  # [q]
     owner: Tensor  # [b] the prompt of each sequence
-    completions: Tensor  # [b, T] int64
+    completions: Tensor  # [b, T - 1] int64, all but the last token: nothing follows that
     rows: Tensor  # [N] the sequence of each completion token
     columns: Tensor  # [N] its place in the completion
     targets: Tensor  # [N] the token itself
-    padding: int  # tokens that are none
+    padding: int  # tokens of prompts and completions that are none
 
 
 def micro_batches(batch: Batch, most_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """Cut a batch into pieces of at most `most_tokens` (padding included; 0: by device), like lengths together."""
+    """Cut a batch into pieces that read at most `most_tokens` (padding included; 0: by device).
+
+    Completions of like length together make little padding; those of one prompt together share it. Which of the two
+    matters more depends on the lengths, so both cuts are made and the one that reads fewer tokens is taken.
+    """
     most_tokens = most_tokens or (2048 if device.type == "cpu" else 16384)
-    pieces: list[list[int]] = []
-    for i in sorted(range(len(batch.prompts)), key=lambda i: (len(batch.completions[i]), batch.prompts[i])):
-        if pieces and _tokens_to_read(batch, [*pieces[-1], i]) <= most_tokens:
-            pieces[-1].append(i)
-        else:
-            pieces.append([i])
-    return [_collate(batch, members, device) for members in pieces]
+    numbers: dict[tuple[int, ...], int] = {}
+    group = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in batch.prompts]
+    prompt_lengths = list(map(len, batch.prompts))
+    read_lengths = [max(len(completion) - 1, 0) for completion in batch.completions]
 
+    def tokens_read(members: list[int]) -> int:
+        of_prompts = len({group[i] for i in members}) * max(prompt_lengths[i] for i in members)
+        return of_prompts + len(members) * max(read_lengths[i] for i in members)
 
-def _tokens_to_read(batch: Batch, members: list[int]) -> int:
-    """Padding included, and each distinct prompt once."""
-    prompts = {tuple(batch.prompts[i]) for i in members}
-    return len(prompts) * max(map(len, prompts)) + len(members) * max(len(batch.completions[i]) for i in members)
+    def cut(order: list[int]) -> list[list[int]]:
+        pieces: list[list[int]] = []
+        for i in order:
+            if pieces and tokens_read([*pieces[-1], i]) <= most_tokens:
+                pieces[-1].append(i)
+            else:
+                pieces.append([i])
+        return pieces
+
+    by_completion = sorted(range(len(group)), key=lambda i: (read_lengths[i], group[i]))
+    by_prompt = sorted(range(len(group)), key=lambda i: (prompt_lengths[i], group[i], read_lengths[i]))
+    best = min(cut(by_completion), cut(by_prompt), key=lambda pieces: sum(map(tokens_read, pieces)))
+    return [_collate(batch, members, device) for members in best]
 
 
 def _collate(batch: Batch, members: list[int], device: torch.device) -> MicroBatch:
+    def tensor(values) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=device)
+
+    def padded(sequences) -> Tensor:
+        longest = max(map(len, sequences))
+        return tensor([*sequence, *[0] * (longest - len(sequence))] for sequence in sequences)
+
     prompts = list(dict.fromkeys(tuple(batch.prompts[i]) for i in members))
-    place = {prompt: row for row, prompt in enumerate(prompts)}
     completions = [batch.completions[i] for i in members]
-    targets = [token for completion in completions for token in completion]
-    padded = [
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in sequences], batch_first=True)
-        for sequences in (prompts, completions)
-    ]
-    return MicroBatch(
+    read = [completion[:-1] for completion in completions]
+    micro = MicroBatch(
         members,
-        padded[0].to(device),
-        torch.tensor([len(prompt) for prompt in prompts], device=device),
-        torch.tensor([place[tuple(batch.prompts[i])] for i in members], device=device),
-        padded[1].to(device),
-        torch.tensor([row for row, c in enumerate(completions) for _ in c], dtype=torch.long, device=device),
-        torch.tensor([t for c in completions for t in range(len(c))], dtype=torch.long, device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        padding=_tokens_to_read(batch, members) - sum(map(len, prompts)) - len(targets),
+        prompts=padded(prompts),
+        prompt_lengths=tensor(map(len, prompts)),
+        owner=tensor(prompts.index(tuple(batch.prompts[i])) for i in members),
+        completions=padded(read),
+        rows=tensor(row for row, completion in enumerate(completions) for _ in completion),
+        columns=tensor(column for completion in completions for column in range(len(completion))),
+        targets=tensor(itertools.chain(*completions)),
+        padding=0,
     )
+    micro.padding = micro.prompts.numel() + micro.completions.numel() - sum(map(len, [*prompts, *read]))
+    return micro
 
 
 def completion_hidden(model: Transformer, micro: MicroBatch) -> Tensor:
     """The hidden states that predict the completion tokens, [N, D]; prompts and padding never meet the vocabulary."""
     shared = SharedPrompts(micro.prompt_lengths, micro.owner)
     of_prompts = model(micro.prompts, cache=shared)  # [q, T_prompt, D]
-    last = micro.prompt_lengths - 1  # [q]
-    hidden = of_prompts[micro.owner, last[micro.owner]][:, None]  # [b, 1, D] predicts the first token
-    if micro.completions.shape[1] > 1:
-        read = micro.completions[:, :-1]  # nothing follows the last
-        positions = micro.prompt_lengths[micro.owner, None] + torch.arange(read.shape[1], device=read.device)
-        hidden = torch.cat((hidden, model(read, positions, shared)), dim=1)  # [b, T, D]
+    start = micro.prompt_lengths[micro.owner]  # [b]
+    hidden = of_prompts[micro.owner, start - 1][:, None]  # [b, 1, D] predicts the first token
+    if micro.completions.shape[1]:
+        positions = start[:, None] + torch.arange(micro.completions.shape[1], device=start.device)  # [b, T - 1]
+        hidden = torch.cat((hidden, model(micro.completions, positions, shared)), dim=1)  # [b, T, D]
     return hidden[micro.rows, micro.columns]
 
 
@@ -721,6 +737,7 @@ class Trainer:
         # What samples are drawn from: the model itself, or on CUDA a bf16 copy of it.
         self.sampler = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).bfloat16()
         if config.compile:
+            torch._dynamo.config.recompile_limit = 64  # SFT, GRPO, scores: prompts and completions each, and more
             if self.sampler is self.model:
                 self.sampler = copy.copy(self.model)  # the same weights; for sampling, compiled code is the slower one
             self.model.compile(dynamic=True)

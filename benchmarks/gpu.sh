@@ -25,10 +25,11 @@ step() { # NAME SECONDS COMMAND...: run, show, keep the output
   }
 }
 
-step tests 150 "$python" -m pytest -m gpu -q
-step kernels 180 "$python" benchmarks/kernels.py
-step tune 60 "$python" benchmarks/kernels.py --tune --features 896
-step rollout 130 "$python" benchmarks/rollout.py --shapes 0.5b --repeats 1
+step tests 120 "$python" -m pytest -m gpu -q
+step kernels 150 "$python" benchmarks/kernels.py
+step tune 50 "$python" benchmarks/kernels.py --tune --features 896
+step rollout 120 "$python" benchmarks/rollout.py --shapes 0.5b --repeats 1
+step step 90 "$python" benchmarks/step.py --shapes 0.5b --steps 3
 
 "$python" - "$logs" <<'PYTHON' || failed=1
 """Gather the last line of each log: pytest's closing line, and the JSON line of each benchmark."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -164,7 +163,7 @@ def measure(engine: str, shape: str, case: tuple, device: torch.device, repeats:
         lengths = call(seed)
         seconds.append(time.perf_counter() - started)
         rates.append(sum(lengths) / seconds[-1])
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _peak_of_process()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_of_process()
     result = {
         "tokens_per_second": statistics.median(rates),
         "seconds": statistics.median(seconds),
@@ -177,8 +176,10 @@ def measure(engine: str, shape: str, case: tuple, device: torch.device, repeats:
     return result
 
 
-def _peak_of_process() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+def peak_of_process() -> int:
+    """Bytes. Not getrusage's, which a child inherits from its parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def _bytes_read(model, prompts, group: int, most: int) -> float:

@@ -76,7 +76,7 @@ def test_a_folder_that_is_no_run_is_named(tool, tmp_path, capsys):
 
 
 def test_the_phases_of_a_step_add_up_and_uncounted_steps_are_left_out():
-    request = {"uncounted": 1}
+    request = {"uncounted": 1, "device": "cpu"}
     result = step.result_of([9.0, 2.0, 4.0, 3.0], [900, 10, 20, 30], {"rollout": 3.0, "rewards": 1.5}, request)
     assert result["seconds"] == 3
     assert result["tokens"] == 20
@@ -92,13 +92,28 @@ def test_every_text_gets_a_reward_of_its_own():
     assert len({step.reward_of(task, f"no answer {i}", example) for i in range(50)}) > 40
 
 
+REQUEST = {"steps": 2, "uncounted": 1, "inner_updates": 2, "device": "cpu", "max_new_tokens": 5}
+
+
+@pytest.mark.nightly
+def test_the_peer_takes_the_same_step(tmp_path, monkeypatch):
+    """It hooks into private methods of the peer, which may move."""
+    pytest.importorskip("trl")
+    monkeypatch.setitem(step.TASKS, "small", {"task": "countdown:train_size=64,test_size=1", "warmup_steps": 2})
+    request = step.make_checkpoint("small", tmp_path / "model", "cpu") | REQUEST
+    ours, theirs = (step.child(engine, request) for engine in step.ENGINES)
+    assert list(ours["phases"]) == list(theirs["phases"]) == ["rollout", "rewards", "log-probs", "update"]
+    assert theirs["tokens"] == pytest.approx(ours["tokens"], rel=0.1)
+    assert theirs["seconds"] > 0
+
+
 def test_both_engines_start_from_one_checkpoint(tmp_path, monkeypatch):
     """A short run of what the benchmark does, and transformers opens what the peer is given."""
     monkeypatch.setitem(step.TASKS, "small", {"task": "countdown:train_size=64,test_size=1", "warmup_steps": 2})
     shared = step.make_checkpoint("small", tmp_path / "model", "cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(shared["model"])
     assert transformers.AutoTokenizer.from_pretrained(shared["model"]).eos_token_id == theirs.config.eos_token_id
-    request = shared | {"steps": 2, "uncounted": 1, "inner_updates": 2, "device": "cpu", "max_new_tokens": 5}
+    request = shared | REQUEST
     result = step.of_this_project(request)
     assert list(result["phases"]) == ["rollout", "rewards", "log-probs", "update"]
     assert all(seconds > 0 for seconds in result["phases"].values())

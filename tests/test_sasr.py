@@ -343,11 +343,16 @@ def test_micro_batches_keep_the_budget_and_every_sequence():
         assert piece.prompts.numel() + piece.completions.numel() <= 50
         said = [token for i in piece.members for token in batch.completions[i]]
         assert piece.targets.tolist() == said
-        assert piece.completions[piece.rows, piece.columns].tolist() == said
+        read = [
+            i
+            for i, c in enumerate(piece.columns.tolist())
+            if c < len(batch.completions[piece.members[piece.rows[i]]]) - 1
+        ]
+        assert piece.completions[piece.rows[read], piece.columns[read]].tolist() == [said[i] for i in read]
         for row, i in zip(piece.owner.tolist(), piece.members, strict=True):
             assert piece.prompts[row, : piece.prompt_lengths[row]].tolist() == batch.prompts[i]
-        read = piece.prompts.numel() + piece.completions.numel()
-        assert piece.padding == read - len(said) - piece.prompt_lengths.sum()
+        real = len(read) + piece.prompt_lengths.sum()
+        assert piece.padding == piece.prompts.numel() + piece.completions.numel() - real
 
 
 def test_a_prompt_is_read_once_for_its_completions(monkeypatch):
@@ -362,7 +367,7 @@ def test_a_prompt_is_read_once_for_its_completions(monkeypatch):
     batch = Batch([prompts[i // 3] for i in range(6)], [[7], [8, 9], [7, 8, 9], [4, 4], [9], [3, 2, 1]])
     stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
     assert read == [(2, 4), (6, 2)]  # both prompts, and what precedes the last tokens of the completions
-    assert stats["padding_fraction"] == pytest.approx((2 + 6) / (2 * 4 + 6 * 3))
+    assert stats["padding_fraction"] == pytest.approx((2 + 6) / (2 * 4 + 6 * 2))
     read.clear()
     batch = Batch([[1, 2], [1, 2]], [[3], [4]])
     sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
@@ -389,11 +394,20 @@ def test_an_empty_completion_adds_nothing_and_no_nan():
 
 def test_padding_is_the_share_of_tokens_read_that_are_none():
     model = tiny_model()
-    batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # prompts are read as 3 x 3, completions too
+    batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # read: 3 x 3 of prompts, 3 x 2 of completions
     stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
-    assert stats["padding_fraction"] == pytest.approx(1 - 12 / 18)
+    assert stats["padding_fraction"] == pytest.approx(1 - (6 + 3) / (9 + 6))
     alone = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(tokens_per_microbatch=1))
     assert alone["padding_fraction"] == 0
+
+
+def test_the_cut_that_reads_less_is_taken():
+    ragged_prompts = Batch([[1] * n for n in (2, 100, 3, 99)], [[1] * n for n in (5, 6, 7, 8)])
+    pieces = sasr.micro_batches(ragged_prompts, 230, torch.device("cpu"))
+    assert [piece.members for piece in pieces] == [[0, 2], [3, 1]]
+    ragged_completions = Batch([[1], [1], [2], [2]], [[1] * n for n in (3, 100, 4, 99)])
+    pieces = sasr.micro_batches(ragged_completions, 210, torch.device("cpu"))
+    assert [piece.members for piece in pieces] == [[0, 2], [3, 1]]
 
 
 def test_score_is_in_the_order_of_the_batch():
@@ -545,6 +559,7 @@ def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_p
 def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path, monkeypatch):
     whole = Transformer.compile
     monkeypatch.setattr(Transformer, "compile", lambda self, **options: whole(self, backend=backend, **options))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     norms, weights = [], []
     for compile_it in (False, True):
@@ -555,6 +570,8 @@ def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path
             [trainer.sft_step()["grad_norm"], trainer.grpo_step()["grad_norm"], trainer.sft_step()["grad_norm"]]
         )
         weights.append(list(trainer.model.parameters()))
+        compiled = [m._compiled_call_impl is not None for m in (trainer.model, trainer.sampler, trainer.reference)]
+        assert compiled == [compile_it, False, False]
         assert all(a is b for a, b in zip(weights[-1], trainer.sampler.parameters(), strict=True))
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert norms[0][1] > 0

@@ -222,15 +222,19 @@ class Batch:
 
 @dataclass
 class MicroBatch:
-    """Some sequences of a batch, padded on the right. A prompt that several of them share is there once."""
+    """Some sequences of a batch, padded on the right. A prompt that several of them share is there once.
+
+    The last token of a completion is never read: nothing follows it. Where no two sequences share a prompt, `prompts`
+    are the whole sequences and `completions` has no columns, since plainly causal attention is the faster one.
+    """
 
     members: list[int]  # which sequences of the batch, b of them
     prompts: Tensor  # [q, T_prompt] int64
     prompt_lengths: Tensor  # [q]
     owner: Tensor  # [b] the prompt of each sequence
-    completions: Tensor  # [b, T - 1] int64, all but the last token: nothing follows that
+    completions: Tensor  # [b, T - 1] int64
     rows: Tensor  # [N] the sequence of each completion token
-    columns: Tensor  # [N] its place in the completion
+    columns: Tensor  # [N] its place in the completion (in the whole sequence: the place of what predicts it)
     targets: Tensor  # [N] the token itself
     padding: int  # tokens of prompts and completions that are none
 
@@ -277,14 +281,22 @@ def _collate(batch: Batch, members: list[int], device: torch.device) -> MicroBat
     prompts = list(dict.fromkeys(tuple(batch.prompts[i]) for i in members))
     completions = [batch.completions[i] for i in members]
     read = [completion[:-1] for completion in completions]
+    if len(prompts) < len(members):
+        owner = [prompts.index(tuple(batch.prompts[i])) for i in members]
+        first = [0] * len(members)  # the column of each completion's first token
+    else:
+        owner = list(range(len(members)))
+        first = [len(prompt) - 1 for prompt in prompts]
+        prompts = [(*prompt, *rest) for prompt, rest in zip(prompts, read, strict=True)]
+        read = [[]] * len(members)
     micro = MicroBatch(
         members,
         prompts=padded(prompts),
         prompt_lengths=tensor(map(len, prompts)),
-        owner=tensor(prompts.index(tuple(batch.prompts[i])) for i in members),
+        owner=tensor(owner),
         completions=padded(read),
         rows=tensor(row for row, completion in enumerate(completions) for _ in completion),
-        columns=tensor(column for completion in completions for column in range(len(completion))),
+        columns=tensor(start + t for start, c in zip(first, completions, strict=True) for t in range(len(c))),
         targets=tensor(itertools.chain(*completions)),
         padding=0,
     )
@@ -294,6 +306,8 @@ def _collate(batch: Batch, members: list[int], device: torch.device) -> MicroBat
 
 def completion_hidden(model: Transformer, micro: MicroBatch) -> Tensor:
     """The hidden states that predict the completion tokens, [N, D]; prompts and padding never meet the vocabulary."""
+    if len(micro.prompts) == len(micro.members):
+        return model(micro.prompts)[micro.rows, micro.columns]
     shared = SharedPrompts(micro.prompt_lengths, micro.owner)
     of_prompts = model(micro.prompts, cache=shared)  # [q, T_prompt, D]
     start = micro.prompt_lengths[micro.owner]  # [b]

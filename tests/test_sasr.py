@@ -335,24 +335,27 @@ def test_in_fp32_too_the_cut_changes_less_than_1e_5():
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_micro_batches_keep_the_budget_and_every_sequence():
+@pytest.mark.parametrize("shared", [False, True])
+def test_micro_batches_keep_the_budget_and_every_sequence(shared):
     batch = ragged_batch(count=40)
+    for i, prompt in enumerate(batch.prompts):
+        batch.prompts[i] = batch.prompts[i // 8] if shared else [*prompt, i]
     pieces = sasr.micro_batches(batch, 50, torch.device("cpu"))
     assert sorted(itertools.chain(*(piece.members for piece in pieces))) == list(range(40))
+    assert any(len(piece.prompts) < len(piece.members) for piece in pieces) == shared
     for piece in pieces:
         assert piece.prompts.numel() + piece.completions.numel() <= 50
-        said = [token for i in piece.members for token in batch.completions[i]]
-        assert piece.targets.tolist() == said
-        read = [
-            i
-            for i, c in enumerate(piece.columns.tolist())
-            if c < len(batch.completions[piece.members[piece.rows[i]]]) - 1
-        ]
-        assert piece.completions[piece.rows[read], piece.columns[read]].tolist() == [said[i] for i in read]
-        for row, i in zip(piece.owner.tolist(), piece.members, strict=True):
-            assert piece.prompts[row, : piece.prompt_lengths[row]].tolist() == batch.prompts[i]
-        real = len(read) + piece.prompt_lengths.sum()
-        assert piece.padding == piece.prompts.numel() + piece.completions.numel() - real
+        assert piece.targets.tolist() == [token for i in piece.members for token in batch.completions[i]]
+        real = 0
+        for row, i in enumerate(piece.members):
+            length = piece.prompt_lengths[piece.owner[row]]
+            read = piece.prompts[piece.owner[row], :length].tolist()
+            read += piece.completions[row, : max(len(batch.completions[i]) - 1, 0)].tolist()
+            assert read == batch.prompts[i] + batch.completions[i][:-1]
+            real += len(batch.completions[i]) - 1
+        distinct = {tuple(batch.prompts[i]) for i in piece.members}
+        read = piece.prompts.numel() + piece.completions.numel()
+        assert piece.padding == read - real - sum(map(len, distinct))
 
 
 def test_a_prompt_is_read_once_for_its_completions(monkeypatch):
@@ -394,9 +397,9 @@ def test_an_empty_completion_adds_nothing_and_no_nan():
 
 def test_padding_is_the_share_of_tokens_read_that_are_none():
     model = tiny_model()
-    batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # read: 3 x 3 of prompts, 3 x 2 of completions
+    batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # 3, 5 and 1 tokens are read, as 3 rows of 5
     stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
-    assert stats["padding_fraction"] == pytest.approx(1 - (6 + 3) / (9 + 6))
+    assert stats["padding_fraction"] == pytest.approx(1 - 9 / 15)
     alone = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(tokens_per_microbatch=1))
     assert alone["padding_fraction"] == 0
 

@@ -163,7 +163,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch):
-    n, d, v = 96, 4, 151_936
+    n, d, v = 2 * reference.LOGITS_AT_ONCE // 151_936, 4, 151_936
     hidden, weight, targets = inputs(n, d, v)
 
     def largest() -> tuple[int, int]:
@@ -187,7 +187,7 @@ def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch):
 
 
 def test_exact_kl_never_holds_the_logits_of_all_tokens():
-    n, d, v = 96, 2, 151_936
+    n, d, v = 2 * reference.LOGITS_AT_ONCE // 151_936, 2, 151_936
     hidden, weight, _ = inputs(n, d, v)
     with LargestTensor() as record:
         exact_kl(hidden, weight, hidden, weight)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +119,15 @@ def prefill(model: Transformer, prompts: list[list[int]]) -> tuple[Tensor, KVCac
 
 def of_like_length(lengths: list[int], most_tokens: int) -> list[list[int]]:
     """Indices of sequences, sorted by length and cut into pieces of at most `most_tokens`, padding included."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return in_pieces(order, lambda piece: len(piece) * lengths[piece[-1]], most_tokens)  # the last is the longest
+
+
+def in_pieces(order: list[int], tokens_read: Callable[[list[int]], int], most_tokens: int) -> list[list[int]]:
+    """Consecutive pieces, each as long as it reads at most `most_tokens`, or of a single sequence."""
     pieces: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if pieces and (len(pieces[-1]) + 1) * lengths[i] <= most_tokens:  # i is the longest so far
+    for i in order:
+        if pieces and tokens_read([*pieces[-1], i]) <= most_tokens:
             pieces[-1].append(i)
         else:
             pieces.append([i])

@@ -69,7 +69,7 @@ import kernels
 from data import Task, load_task
 from data.tokenizer import END, train_tokenizer
 from model import ModelConfig, SharedPrompts, Transformer
-from rollout import Rollout, SamplingParams, generate, load_pretrained, resolve_device
+from rollout import Rollout, SamplingParams, generate, in_pieces, load_pretrained, resolve_device
 from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
 # ============================================================================= controllers
@@ -255,18 +255,10 @@ def micro_batches(batch: Batch, most_tokens: int, device: torch.device) -> list[
         of_prompts = len({group[i] for i in members}) * max(prompt_lengths[i] for i in members)
         return of_prompts + len(members) * max(read_lengths[i] for i in members)
 
-    def cut(order: list[int]) -> list[list[int]]:
-        pieces: list[list[int]] = []
-        for i in order:
-            if pieces and tokens_read([*pieces[-1], i]) <= most_tokens:
-                pieces[-1].append(i)
-            else:
-                pieces.append([i])
-        return pieces
-
     by_completion = sorted(range(len(group)), key=lambda i: (read_lengths[i], group[i]))
     by_prompt = sorted(range(len(group)), key=lambda i: (prompt_lengths[i], group[i], read_lengths[i]))
-    best = min(cut(by_completion), cut(by_prompt), key=lambda pieces: sum(map(tokens_read, pieces)))
+    cuts = [in_pieces(order, tokens_read, most_tokens) for order in (by_completion, by_prompt)]
+    best = min(cuts, key=lambda pieces: sum(map(tokens_read, pieces)))
     return [_collate(batch, members, device) for members in best]
 
 

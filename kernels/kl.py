@@ -86,7 +86,7 @@ def exact_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Ten
     if N == 0:
         return hidden.new_empty(0, dtype=torch.float32)
     launch = Launch(hidden, accumulators=2)
-    split_width = triton.cdiv(triton.cdiv(V, SPLITS), launch.tile.vocabulary) * launch.tile.vocabulary
+    split_width = launch.split_width(V, SPLITS)
     splits = triton.cdiv(V, split_width)
     statistics = hidden.new_empty(5, splits, N, dtype=torch.float32)
     _kl[triton.cdiv(N, launch.tile.tokens), splits](

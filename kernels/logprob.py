@@ -130,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
         (N, D), V = hidden.shape, len(weight)
         launch = Launch(hidden)
-        split_width = triton.cdiv(triton.cdiv(V, SPLITS), launch.tile.vocabulary) * launch.tile.vocabulary
+        split_width = launch.split_width(V, SPLITS)
         splits = triton.cdiv(V, split_width)
         statistics = hidden.new_empty(4, splits, N, dtype=torch.float32)
         _forward[triton.cdiv(N, launch.tile.tokens), splits](

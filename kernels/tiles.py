@@ -110,6 +110,10 @@ class Launch:
         """weight [V, D], as the kernel takes it."""
         return self._operand(weight, self.tile.vocabulary)
 
+    def split_width(self, vocabulary: int, splits: int) -> int:
+        """Words that one block reads, in whole tiles, when at most so many blocks share the vocabulary."""
+        return triton.cdiv(triton.cdiv(vocabulary, splits), self.tile.vocabulary) * self.tile.vocabulary
+
     def _operand(self, matrix: Tensor, block: int):
         matrix = matrix.contiguous()
         if not self.tma:

@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import countdown, knights_knaves
-from .task import Example, Grade, Task
+from .task import Example, Grade, Task, read_split
 
 __all__ = ["TASKS", "Example", "Grade", "Task", "load_task"]
 
-# A task is a module with generate(seed, **options) and read(path, **options), both giving (train, test),
-# and grade(completion, example).
+# A task is a module with grade(completion, example, **options); with generate(seed, **options) -> (train, test),
+# if its problems can be made up; with parse_record(record, **options) -> Example, for the published ones; and with
+# PUBLISHED, which says where those are to be had.
 TASKS = {"knights-knaves": knights_knaves, "countdown": countdown}
 
 
-def load_task(name: str, path: str | Path | None = None, *, seed: int = 0, **options) -> Task:
-    """Generate a task, or read its published records from a folder with train.jsonl and test.jsonl.
+def load_task(
+    name: str, path: str | Path | None = None, *, seed: int = 0, skip_bad_lines: bool = False, **options
+) -> Task:
+    """Generate a task, or read its published records from a folder with train.jsonl and test.jsonl (or .json).
 
-    Options are the keyword arguments of the module's `generate` (or `read`, with a path).
-    Raises ValueError naming an unknown task or option, or the file and line of a bad record.
+    Options are the keyword arguments of the module's functions. One of the two files may be missing: that split is
+    then empty. With `skip_bad_lines`, records that cannot be read are left out and told in `Task.skipped`.
+    Raises ValueError naming an unknown task or option, the files that are missing, or the place of a bad record.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     module = TASKS[name]
-    source = module.generate if path is None else module.read
-    known = [p.name for p in inspect.signature(source).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if path is None and not hasattr(module, "generate"):
+        raise ValueError(f"task {name} needs --data, a folder with train.jsonl and test.jsonl: {module.PUBLISHED}")
+    source = module.generate if path is None else module.parse_record
+    known = [*options_of(source), *options_of(module.grade)]
     for key in options:
         if key not in known:
             where = "" if path is None else " with a data folder"
             raise ValueError(f"task {name}{where} has no option {key!r}; known: {', '.join(known) or 'none'}")
-    train, test = source(seed, **options) if path is None else source(path, **options)
-    return Task(name, train, test, module.grade)
+
+    def with_options(function: Callable) -> Callable:
+        return partial(function, **{key: options[key] for key in options_of(function) if key in options})
+
+    skipped: list[str] = []
+    if path is None:
+        train, test = with_options(source)(seed)
+    else:
+        bad = skipped if skip_bad_lines else None
+        train, test = (read_split(Path(path), split, with_options(source), bad) for split in ("train", "test"))
+        if not train and not test:
+            raise ValueError(
+                f"{path}: neither train.jsonl nor test.jsonl (or .json) with a record that can be read: "
+                + (skipped[0] if skipped else module.PUBLISHED)
+            )
+    task = Task(name, train, test, with_options(module.grade), tuple(skipped))
+    task.grade("", (train + test)[0])  # a bad option of the verifier is an error now, not at the first step
+    return task
+
+
+def options_of(function: Callable) -> list[str]:
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]

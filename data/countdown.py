@@ -32,9 +32,10 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 
-from .task import Example, Grade, outcome_grade, read_split
+from .task import Example, Grade, outcome_grade
+
+PUBLISHED = "Countdown problems with answers are published in liumy2010/UFT on GitHub (Liu et al., arXiv 2505.16984)"
 
 MAX_DEAD_ENDS = 3  # failed paths that a demonstration shows before the one that succeeds
 SEARCHED = 3  # the search covers the steps that start from this many numbers; steps before those are the true ones
@@ -116,15 +117,11 @@ def generate(
     return examples[test_size:], examples[:test_size]
 
 
-def read(path: str | Path) -> tuple[list[Example], list[Example]]:
-    """Read published records {"numbers": [44, 19, 35], "target": 98, "answer": "..."} from a folder, in file order.
-
-    `answer`, where a record has it, is the demonstration, verbatim. Raises ValueError with file, line and reason.
-    """
-    return read_split(path, "train", parse_record), read_split(path, "test", parse_record)
-
-
 def parse_record(record: dict) -> Example:
+    """A published record {"numbers": [44, 19, 35], "target": 98, "answer": "..."}.
+
+    `answer`, where a record has it, is the demonstration, verbatim. Raises KeyError or ValueError with the reason.
+    """
     given, target, demonstration = record["numbers"], record["target"], record.get("answer")
     if not isinstance(given, list) or len(given) < 2:
         raise ValueError(f"numbers must be a list of at least two integers, got {given!r}")
@@ -144,7 +141,8 @@ def is_integer(value: object, least: int, most: int) -> bool:
 def pose(given: Sequence[int], target: int, demonstration: str | None) -> Example:
     """The one place that words a problem, so that generated and published ones look alike to a model."""
     listed = " ".join(map(str, given))
-    return Example(f"numbers {listed} target {target}\n", f"{listed} = {target}", demonstration)
+    prompt, answer = f"numbers {listed} target {target}\n", f"{listed} = {target}"
+    return Example(prompt, answer, demonstration, group=f"{len(given)} numbers")
 
 
 # --- the search: what a demonstration shows ---

@@ -22,9 +22,10 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from pathlib import Path
 
-from .task import Example, Grade, outcome_grade, read_split
+from .task import Example, Grade, outcome_grade
+
+PUBLISHED = "K&K puzzles are published on the Hugging Face hub as K-and-K/knights-and-knaves, and in Unakar/Logic-RL"
 
 # A statement is a nested tuple, as in the published records: ("telling-truth", i), ("lying", i), ("not", s),
 # ("and", s, t, ...), ("or", s, t, ...), ("->", s, t), ("<=>", s, t). Person i counts from 0. Roles: True is a knight.
@@ -418,7 +419,8 @@ def generate(
             names = rng.sample(FIRST_NAMES.split(), people)
             prompt, answer = natural_prompt(statements, names, rng), natural_answer(names, roles)
             trace = natural_trace(statements, names)
-        examples.append(Example(prompt, answer, trace if index < with_demonstration else None))
+        shown = trace if index < with_demonstration else None
+        examples.append(Example(prompt, answer, shown, group=f"{people} people"))
     return examples[test_size:], examples[:test_size]
 
 
@@ -443,15 +445,7 @@ def parse_record(record: dict) -> Example:
     if stated != answer:
         raise ValueError(f"solution_text_format disagrees with names and solution: {stated!r} is not {answer!r}")
     demonstration = "\n".join([record["cot_head"], *record["cot_repeat_steps"], record["cot_foot"], MARKER, answer])
-    return Example(record["quiz"] + SUFFIX, answer, demonstration)
-
-
-def read(path: str | Path) -> tuple[list[Example], list[Example]]:
-    """The published records in PATH/train.jsonl and PATH/test.jsonl: (train, test), in file order.
-
-    Raises ValueError naming file, line and reason.
-    """
-    return read_split(path, "train", parse_record), read_split(path, "test", parse_record)
+    return Example(record["quiz"] + SUFFIX, answer, demonstration, group=f"{len(names)} people")
 
 
 def grade(completion: str, example: Example) -> Grade:

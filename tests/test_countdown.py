@@ -381,8 +381,8 @@ def write(folder: Path, train: list, test: list) -> Path:
 def test_read_keeps_order_and_text(tmp_path):
     bare = {"numbers": [7, 8, 75, 7], "target": 19}
     task = load_task("countdown", write(tmp_path, [RECORD, bare, RECORD], [bare]))
-    first = Example("numbers 44 19 35 target 98\n", "44 19 35 = 98", RECORD["answer"])
-    second = Example("numbers 7 8 75 7 target 19\n", "7 8 75 7 = 19", None)
+    first = Example("numbers 44 19 35 target 98\n", "44 19 35 = 98", RECORD["answer"], "3 numbers")
+    second = Example("numbers 7 8 75 7 target 19\n", "7 8 75 7 = 19", None, "4 numbers")
     assert task.train == [first, second, first]
     assert task.test == [second]
     assert task.grade(RECORD["answer"], first) == CORRECT
@@ -408,21 +408,22 @@ def test_read_keeps_order_and_text(tmp_path):
 )
 def test_read_names_the_bad_line_and_the_reason(tmp_path, change, reason):
     with pytest.raises(ValueError, match=rf"train\.jsonl:2: .*{reason}"):
-        countdown.read(write(tmp_path, [RECORD, RECORD | change], [RECORD]))
+        load_task("countdown", write(tmp_path, [RECORD, RECORD | change], [RECORD]))
 
 
 @pytest.mark.parametrize("field", ["numbers", "target"])
 def test_read_names_a_missing_field(tmp_path, field):
     lacking = {key: value for key, value in RECORD.items() if key != field}
     with pytest.raises(ValueError, match=rf"test\.jsonl:1: the record lacks the field '{field}'"):
-        countdown.read(write(tmp_path, [RECORD], [lacking]))
+        load_task("countdown", write(tmp_path, [RECORD], [lacking]))
 
 
 @pytest.mark.shared_data
 def test_published_records_load_and_their_demonstrations_grade_correct():
     if not SHARED.is_dir():
         pytest.skip(f"no published records at {SHARED}")
-    for split, examples in zip(("train", "test"), countdown.read(SHARED), strict=True):
+    task = load_task("countdown", SHARED)
+    for split, examples in (("train", task.train), ("test", task.test)):
         records = [json.loads(line) for line in (SHARED / f"{split}.jsonl").read_text().splitlines()]
         assert [problem(e) for e in examples] == [(r["numbers"], r["target"]) for r in records]
         assert [e.demonstration for e in examples] == [r["answer"] for r in records]

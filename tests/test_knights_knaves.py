@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import knights_knaves as kk
+from data import load_task
 from data.task import Example
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/knights_knaves"
@@ -544,7 +545,8 @@ def write(folder, train, test):
 
 def test_read_keeps_published_records_as_they_are(tmp_path):
     other = record(solution=[False, False], solution_text_format="(1) Zoey is a knave\n(2) Ethan is a knave")
-    train, test = kk.read(write(tmp_path, [record(), other], [record()]))
+    task = load_task("knights-knaves", write(tmp_path, [record(), other], [record()]))
+    train, test = task.train, task.test
     assert [example.answer for example in train] == [record()["solution_text_format"], other["solution_text_format"]]
     assert test == train[:1]
     assert train[0].prompt.startswith(record()["quiz"] + "\n")
@@ -581,7 +583,7 @@ def test_read_keeps_published_records_as_they_are(tmp_path):
 def test_a_bad_record_names_file_line_and_reason(tmp_path, changes, reason):
     write(tmp_path, [record(), record(**changes)], [record()])
     with pytest.raises(ValueError, match=reason) as error:
-        kk.read(tmp_path)
+        load_task("knights-knaves", tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'train.jsonl'}:2: ")
 
 
@@ -591,7 +593,8 @@ def test_published_records_load_and_their_demonstrations_are_correct(people):
     folder = PUBLISHED / f"people{people}"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; it holds the published records and is not part of the repository")
-    train, test = kk.read(folder)
+    task = load_task("knights-knaves", folder)
+    train, test = task.train, task.test
     assert (len(train), len(test)) == (900, 100)
     assert all(kk.grade(example.demonstration, example).correct for example in train + test)
     # Statements as published are statements here: same tuples, same truth, same words.

@@ -1,4 +1,4 @@
-"""A decoder-only transformer (Llama, Qwen2, Qwen3) with a KV cache, and its checkpoints in and out.
+"""A decoder-only transformer (Llama, Mistral, Qwen2, Qwen3) with a KV cache, and its checkpoints in and out.
 
 Read it top to bottom: configuration, rotary positions, cache, attention, MLP, the stack, the files.
 Parameters carry their Hugging Face names, so a checkpoint loads without a mapping table, and what
@@ -22,17 +22,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 # Keys of a Hugging Face config.json that change the computation, with the one value implemented here.
 FIXED_KEYS = {
@@ -59,7 +66,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    model_type: str = "qwen3"  # qwen2: bias on q, k and v; qwen3: RMSNorm on q and k; llama: neither
+    model_type: str = "qwen3"  # qwen2: bias on q, k and v; qwen3: RMSNorm on q and k; llama, mistral: neither
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
@@ -95,6 +102,9 @@ class ModelConfig:
                 raise ValueError(f"config: {key}={raw[key]!r} is not supported, only {only!r}")
         if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
             raise ValueError("config: layer_types other than full_attention are not supported")
+        window, context = raw.get("sliding_window"), raw.get("max_position_embeddings")
+        if raw.get("model_type") == "mistral" and window is not None and context is not None and window < context:
+            raise ValueError(f"config: sliding_window={window!r} is not supported, only null (full attention)")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling")  # transformers 5 / transformers 4
         if rope is not None:
             rope = dict(rope)
@@ -119,6 +129,7 @@ class ModelConfig:
             "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",
             "attention_bias": False,
+            "sliding_window": None,  # not to say so means 4096 for a Mistral
         }
 
 
@@ -363,6 +374,7 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Not a buffer: `model.bfloat16()` must not round the angles of long contexts.
         self.frequencies, self.rope_factor = rope_frequencies(config)
+        self.stored_dtype = torch.float32  # of the files that the weights came from
         self.gradient_checkpointing = False  # recompute each layer in backward: less memory, a third more time
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -447,6 +459,7 @@ class Transformer(nn.Module):
             if tensor.shape != expected[name]:
                 found, wanted = list(tensor.shape), list(expected[name])
                 raise ValueError(f"{file}: tensor {name} has shape {found}, but config.json asks for {wanted}")
+            stored = tensor.dtype
             tensor = tensor.to(device, dtype)
             if name in state and not torch.equal(state[name], tensor):  # a tied model's two, in either order
                 raise ValueError(f"{file}: lm_head.weight differs from the embedding that it should be tied to")
@@ -455,17 +468,37 @@ class Transformer(nn.Module):
         if missing:
             raise ValueError(f"{path}: {len(missing)} missing tensor(s), the first is {missing[0]}")
         model.load_state_dict(state, assign=True)
+        model.stored_dtype = stored
         return model.requires_grad_()
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors, in the weights' own type."""
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors, in the weights' own type or in another one."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        dtype = str(self.head.dtype).removeprefix("torch.")
-        config = self.config.to_dict() | {"torch_dtype": dtype}
+        dtype = dtype or self.head.dtype
+        config = self.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """The directory of a checkpoint: `name` itself, or the snapshot of a model on the Hugging Face hub.
+
+    The hub's files are downloaded once and then found in its cache, with or without a network. Raises ValueError
+    where there is no such directory and no such model, or where neither network nor cache has it.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"--model {name}: no such directory, and not the id of a model on the hub (OWNER/NAME)")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {name}: no such directory, and the hub's model is not to be had ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def read_config(path: str | Path) -> ModelConfig:

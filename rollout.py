@@ -1,6 +1,6 @@
 """Sample completions from a model: many prompts, a group of completions each, with a KV cache.
 
-    python rollout.py --model runs/x/model --prompt "..." --samples 4
+    python rollout.py --model runs/x/model --prompt "..."      # streams an answer; without --prompt, a conversation
 
 How it goes: every prompt is read once (prefill), its cache is copied to the rows of its group, and then all rows
 advance one token a step. Every few steps the rows that have drawn a stop token leave: the last of the others move
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import KVCache, Transformer
+from data.tokenizer import Codec
+from model import KVCache, Transformer, resolve_checkpoint
 
 STEPS_BETWEEN_CHECKS = 4  # asking "who has ended?" waits for the device, so not at every token
 PREFILL_TOKENS = 8192  # tokens, padding included, that are read at once; prompts of like lengths go together
@@ -159,10 +159,11 @@ class Sampler:
         self.graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all graphs
 
     @torch.no_grad()
-    def run(self, prompts: list[list[int]], noise) -> tuple[list[list[int]], list[list[float]]]:
+    def run(self, prompts: list[list[int]], noise, watch=None) -> tuple[list[list[int]], list[list[float]]]:
         """A completion of each of at most `total` prompts (equal ones are read once), and its log-probs.
 
-        noise(k) gives the k-th [len(prompts), STEPS_BETWEEN_CHECKS] of noise.
+        noise(k) gives the k-th [len(prompts), STEPS_BETWEEN_CHECKS] of noise. `watch`, if there is one, is called
+        after each step with the completions so far.
         """
         count, longest = len(prompts), max(map(len, prompts))
         self.owner.copy_(torch.arange(len(self.owner)))
@@ -173,18 +174,20 @@ class Sampler:
         self._read_prompts(prompts)
         rows = count
         for step in range(1, self.params.max_new_tokens):
+            if watch:
+                watch(self._written(self.tokens, count))
             if step % STEPS_BETWEEN_CHECKS == 0:
                 self.noise[:count] = noise(step // STEPS_BETWEEN_CHECKS)
                 rows = self._close_gaps(rows, longest + step)
                 if rows == 0:
                     break
             self._advance(rows, longest + step)
+        return self._written(self.tokens, count), self._written(self.logprobs, count)
+
+    def _written(self, matrix: Tensor, count: int) -> list[list]:
+        """Of each of the first completions, the columns in use."""
         lengths = self.lengths[:count].tolist()
-
-        def written(matrix: Tensor) -> list[list]:
-            return [row[:length] for row, length in zip(matrix[:count].tolist(), lengths, strict=True)]
-
-        return written(self.tokens), written(self.logprobs)
+        return [row[:length] for row, length in zip(matrix[:count].tolist(), lengths, strict=True)]
 
     def _read_prompts(self, prompts: list[list[int]]) -> None:
         """Read each distinct prompt once, copy its cache to its rows, and draw their first tokens."""
@@ -273,12 +276,14 @@ def generate(
     generator: torch.Generator | None = None,
     memory_limit: int = 0,
     samplers: dict | None = None,
+    watch: Callable[[list[list[int]]], None] | None = None,
 ) -> Rollout:
     """Draw `group_size` completions of each prompt (token ids, of any lengths).
 
     The cache takes at most `memory_limit` bytes (0: four fifths of what is free): rows that do not fit are written in
     further waves, with the same result. `samplers` keeps buffers and CUDA graphs for the next call of the same size:
-    pass the same dict again. Raises ValueError naming the prompt that is empty, or too long for the model's context,
+    pass the same dict again. `watch` is called at every token with the completions of the wave so far, for a reader
+    who does not want to wait. Raises ValueError naming the prompt that is empty, or too long for the model's context,
     and where not even one row fits the limit.
     """
     if group_size < 1:
@@ -315,7 +320,7 @@ def generate(
             uniform = torch.rand(len(each), STEPS_BETWEEN_CHECKS, generator=source, device=model.device)
             return 1 - uniform[start : start + rows]
 
-        wave = sampler.run(each[start : start + rows], noise)
+        wave = sampler.run(each[start : start + rows], noise, watch)
         completions += wave[0]
         logprobs += wave[1]
     finished = [completion[-1] in params.stop_token_ids for completion in completions]
@@ -361,36 +366,20 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_pretrained(path: str | Path, device="cpu") -> tuple[Transformer, Tokenizer, tuple[int, ...]]:
-    """A checkpoint directory's model, its tokenizer, and the tokens that end a completion.
-
-    Raises ValueError naming the file that is absent or wrong.
-    """
-    model = Transformer.from_pretrained(path, device=device)
-    file = Path(path) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer ({error})") from None
-    tokenizer.no_padding()  # lengths and limits are ours to keep
-    tokenizer.no_truncation()
-    stops = model.config.eos_token_id
-    if stops is None:
-        raise ValueError(f"{Path(path) / 'config.json'}: eos_token_id is missing; completions need an end")
-    return model, tokenizer, tuple(stops) if isinstance(stops, list) else (stops,)
-
-
 # ----------------------------------------------------------------------------- command line
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Sample completions from a checkpoint directory.")
-    parser.add_argument("--model", required=True, help="directory with config.json, safetensors and tokenizer.json")
-    parser.add_argument("--prompt", help="text to continue (default: standard input)")
-    parser.add_argument("--samples", type=int, default=1, help="completions to draw (default 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens a completion at most (default 256)")
+    parser = argparse.ArgumentParser(
+        description="Talk to a model: one answer to --prompt, or a conversation if you give none.",
+        epilog="A checkpoint with a chat template is spoken to in it, any other gets the text itself to continue.",
+    )
+    parser.add_argument("--model", required=True, help="checkpoint directory, or the id of a model on the hub")
+    parser.add_argument("--prompt", help="text to answer (default: standard input; on a terminal, a conversation)")
+    parser.add_argument("--prompt-format", default="auto", choices=("auto", "raw", "chat"), help="(default auto)")
+    parser.add_argument("--system", default="", help="system message of a chat (default: the template's own)")
+    parser.add_argument("--samples", type=int, default=1, help="answers to draw; one is streamed (default 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens an answer at most (default 512)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep this much probability (default 1.0: all)")
@@ -398,19 +387,66 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args(argv)
     try:
-        device = resolve_device(args.device)
-        model, tokenizer, stops = load_pretrained(args.model, device)
-        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, stops)
-        prompt = tokenizer.encode(args.prompt if args.prompt is not None else sys.stdin.read()).ids
+        path, device = resolve_checkpoint(args.model), resolve_device(args.device)
+        codec = Codec.from_pretrained(path, prompt_format=args.prompt_format, system=args.system)
+        model = Transformer.from_pretrained(path, device=device)
+        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, codec.stop_token_ids)
         generator = torch.Generator(device).manual_seed(args.seed)
-        rollout = generate(model, [prompt], params, group_size=args.samples, generator=generator)
+        if args.prompt is None and sys.stdin.isatty():
+            converse(model, codec, params, generator)
+        else:
+            text = args.prompt if args.prompt is not None else sys.stdin.read()
+            answer(model, codec, [{"role": "user", "content": text}], params, generator, args.samples)
     except ValueError as error:
         print(f"rollout.py: {error}", file=sys.stderr)
         return 2
-    for completion, logprobs, finished in zip(rollout.completions, rollout.logprobs, rollout.finished, strict=True):
-        print(tokenizer.decode(completion, skip_special_tokens=True))
-        print(f"--- {len(completion)} tokens, log-prob {sum(logprobs):.2f}, {'ended' if finished else 'cut off'}")
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
+
+
+def converse(model: Transformer, codec: Codec, params: SamplingParams, generator: torch.Generator) -> None:
+    """Turn by turn until the input ends; a model without a chat template sees the last line only."""
+    print("type a message; Ctrl-D ends", file=sys.stderr)
+    messages = []
+    for line in iter(lambda: read_line("> "), None):
+        messages.append({"role": "user", "content": line})
+        (said,) = answer(model, codec, messages, params, generator, 1)
+        messages.append({"role": "assistant", "content": said})
+
+
+def read_line(sign: str) -> str | None:
+    try:
+        return input(sign)
+    except EOFError:
+        return None
+
+
+def answer(
+    model: Transformer, codec: Codec, messages: list[dict], params: SamplingParams, generator, samples: int
+) -> list[str]:
+    """Print and return answers to a conversation; a single one appears as it is written."""
+    shown = codec.opening
+
+    def stream(completions: list[list[int]]) -> None:
+        nonlocal shown
+        text = codec.decode(completions)[0].rstrip("\ufffd")  # a character's last bytes may still be on their way
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+
+    prompt = codec.encode(codec.render(messages))
+    if samples == 1:
+        print(shown, end="", flush=True)
+    watch = stream if samples == 1 else None
+    rollout = generate(model, [prompt], params, group_size=samples, generator=generator, watch=watch)
+    texts = codec.decode(rollout.completions)
+    for text, tokens, logprobs, ended in zip(
+        texts, rollout.completions, rollout.logprobs, rollout.finished, strict=True
+    ):
+        print(text[len(shown) :] if samples == 1 else text)
+        print(f"--- {len(tokens)} tokens, log-prob {sum(logprobs):.2f}, {'ended' if ended else 'cut off'}")
+    return texts
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     OUT/config.json       the configuration, enough to start the run again
     OUT/metrics.jsonl     one JSON object a training step
+    OUT/samples.jsonl     the answers of the last evaluation, with their grades
     OUT/checkpoint/       everything a resume needs: tensors.safetensors, state.json
     OUT/model/            the trained model in Hugging Face layout
     OUT/summary.json      the closing numbers
@@ -44,8 +45,14 @@ class RunFolder:
         self.metrics.touch()
 
     def write_json(self, name: str, value: dict) -> None:
+        self._write(name, json.dumps(value, indent=2) + "\n")
+
+    def write_jsonl(self, name: str, records: list[dict]) -> None:
+        self._write(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def _write(self, name: str, text: str) -> None:
         beside = self.path / f"{name}.tmp"
-        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         _flush(beside)
         os.replace(beside, self.path / name)
 

@@ -51,7 +51,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import sys
 import time
@@ -62,14 +61,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 import kernels
 from data import Task, load_task
-from data.tokenizer import END, train_tokenizer
-from model import ModelConfig, SharedPrompts, Transformer
-from rollout import Rollout, SamplingParams, generate, in_pieces, load_pretrained, resolve_device
+from data.scores import scores_of
+from data.task import load_reward
+from data.tokenized import TokenizedTask
+from data.tokenizer import Codec
+from model import ModelConfig, SharedPrompts, Transformer, read_config, resolve_checkpoint
+from rollout import Rollout, SamplingParams, free_memory, generate, in_pieces, resolve_device
 from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
 # ============================================================================= controllers
@@ -239,13 +240,16 @@ class MicroBatch:
     padding: int  # tokens of prompts and completions that are none
 
 
+def tokens_at_once(limit: int, device: torch.device) -> int:
+    return limit or (2048 if device.type == "cpu" else 16384)
+
+
 def micro_batches(batch: Batch, most_tokens: int, device: torch.device) -> list[MicroBatch]:
     """Cut a batch into pieces that read at most `most_tokens` (padding included; 0: by device).
 
     Completions of like length together make little padding; those of one prompt together share it. Which of the two
     matters more depends on the lengths, so both cuts are made and the one that reads fewer tokens is taken.
     """
-    most_tokens = most_tokens or (2048 if device.type == "cpu" else 16384)
     numbers: dict[tuple[int, ...], int] = {}
     group = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in batch.prompts]
     prompt_lengths = list(map(len, batch.prompts))
@@ -257,6 +261,7 @@ def micro_batches(batch: Batch, most_tokens: int, device: torch.device) -> list[
 
     by_completion = sorted(range(len(group)), key=lambda i: (read_lengths[i], group[i]))
     by_prompt = sorted(range(len(group)), key=lambda i: (prompt_lengths[i], group[i], read_lengths[i]))
+    most_tokens = tokens_at_once(most_tokens, device)
     cuts = [in_pieces(order, tokens_read, most_tokens) for order in (by_completion, by_prompt)]
     best = min(cuts, key=lambda pieces: sum(map(tokens_read, pieces)))
     return [_collate(batch, members, device) for members in best]
@@ -462,13 +467,25 @@ class Config:
 
     # --- what to learn
     task: str = option("knights-knaves", "NAME[:key=value,...], e.g. countdown or knights-knaves:people=4,depth=3")
-    data: str = option("", "folder with train.jsonl and test.jsonl to read the task from ('': generate it)")
+    data: str = option("", "folder with train.jsonl and test.jsonl (or .json) to read the task from ('': generate it)")
+    skip_bad_lines: bool = option(False, "leave out records of --data that cannot be read, and say how many")
+    verifier: str = option("", "how answers are compared, e.g. math-verify, numeric, regex ('': the task's own way)")
+    reward: str = option(
+        "", "your own reward, MODULE:FUNCTION or FILE.py:FUNCTION; that file is run ('': the verifier)"
+    )
     ood_task: str = option(
         "auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder sibling of a plain --task"
     )
     warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
     # --- the model
-    model: str = option("", "checkpoint directory to start from ('': build a small model from scratch)")
+    model: str = option("", "checkpoint directory or hub id to start from ('': build a small model from scratch)")
+    prompt_format: str = option("raw", "raw text, or chat: a user's message in --model's template", ("raw", "chat"))
+    system: str = option("", "chat: the system message ('': what the template says by itself)")
+    save_dtype: str = option(
+        "same",
+        "type of the weights in OUT/model; same: that of --model's files",
+        ("same", "float32", "bfloat16", "float16"),
+    )
     hidden_size: int = option(128, "from scratch: features", low=1)
     layers: int = option(4, "from scratch: decoder layers", low=1)
     heads: int = option(4, "from scratch: attention heads", low=1)
@@ -495,6 +512,12 @@ class Config:
     switch_step: int = option(0, "sft-then-grpo: adaptive step at which GRPO begins; 0: half-way", low=0)
     alternate: str = option("1:1", "alternate: SFT steps : GRPO steps")
     sft_fraction: float = option(0.5, "random: the constant p_t", low=0)
+    # --- lengths
+    max_new_tokens: int = option(0, "tokens a completion; 0: a quarter more than the longest demonstration", low=0)
+    max_prompt_tokens: int = option(
+        0, "longer prompts are dropped; 0: what --max-new-tokens leaves of the context", low=0
+    )
+    max_demonstration_tokens: int = option(0, "longer demonstrations are dropped; 0: what the context leaves", low=0)
     # --- SFT
     sft_batch_size: int = option(32, "demonstrations an SFT step", low=1)
     sft_loss: str = option(
@@ -503,7 +526,6 @@ class Config:
     # --- GRPO
     prompts_per_step: int = option(8, "prompts a GRPO step", low=1)
     group_size: int = option(8, "completions a prompt", low=1)
-    max_new_tokens: int = option(0, "tokens a completion; 0: a quarter more than the longest demonstration", low=0)
     temperature: float = option(1.0, "of the samples; the loss scores the same distribution", low=0)
     advantage: str = option(
         "zscore", "equation (4), without its division, or +1/-1 around the median", ("zscore", "centered", "median")
@@ -544,7 +566,10 @@ class Config:
     offload_reference: bool = option(False, "keep the reference policy in CPU memory while it is not needed")
     # --- evaluation and files
     eval_every: int = option(125, "steps between evaluations; 0: only before, between and after the stages", low=0)
-    eval_examples: int = option(512, "test examples an evaluation, decoded greedily", low=1)
+    eval_examples: int = option(512, "examples an evaluation, decoded greedily", low=1)
+    eval_split: str = option("test", "which examples those are", ("test", "train"))
+    eval_samples: int = option(0, "also draw so many answers to each, for pass@1, 2, 4, ...", low=0)
+    eval_temperature: float = option(1.0, "of those samples", low=0)
     save_every: int = option(100, "steps between checkpoints; 0: only at the end", low=0)
     out: str = option("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")
     seed: int = option(0, "of everything: puzzles, weights, order, alpha, samples", low=0)
@@ -596,7 +621,7 @@ def flag_name(spec: dataclasses.Field) -> str:
 # ============================================================================= what a run is made of
 
 
-def load_task_spec(spec: str, path: str, seed: int) -> Task:
+def load_task_spec(spec: str, path: str, seed: int, **more) -> Task:
     """'countdown:numbers=4,test_size=100' -> the task. Whole numbers become int, everything else stays text."""
     name, _, rest = spec.partition(":")
     options = {}
@@ -605,7 +630,7 @@ def load_task_spec(spec: str, path: str, seed: int) -> Task:
         if not equals:
             raise ValueError(f"task {spec!r}: expected NAME:key=value,..., found {part!r}")
         options[key] = int(value) if value.lstrip("-").isdecimal() else value
-    return load_task(name, path or None, seed=seed, **options)
+    return load_task(name, path or None, seed=seed, **options, **more)
 
 
 # Out of the domain but within its vocabulary: claims of three operands instead of two, four numbers instead of three.
@@ -614,7 +639,10 @@ SIBLINGS = {"knights-knaves": "knights-knaves:width=3,train_size=1", "countdown"
 
 def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
     """The task, the task to warm up on (often the same), and the out-of-domain one (or None)."""
-    task = load_task_spec(config.task, config.data, config.seed)
+    verifier = {"verifier": config.verifier} if config.verifier else {}
+    task = load_task_spec(config.task, config.data, config.seed, skip_bad_lines=config.skip_bad_lines, **verifier)
+    if config.reward:
+        task = dataclasses.replace(task, verify=load_reward(config.reward))
     warmup = load_task_spec(config.warmup_task, "", config.seed) if config.warmup_task else task
     ood = config.ood_task
     if ood == "auto":  # the sibling fits the task's own defaults only
@@ -622,38 +650,10 @@ def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
     return task, warmup, None if ood == "none" else load_task_spec(ood, "", config.seed)
 
 
-class TokenizedTask:
-    """A task as the model sees it: token ids, and how long a completion may get."""
-
-    def __init__(self, task: Task, tokenizer: Tokenizer, stop_token_id: int, max_new_tokens: int):
-        def encode(texts, begins: bool) -> list[list[int]]:
-            """A prompt begins a sequence (some tokenizers mark that); a demonstration goes on with one."""
-            return [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=begins)]
-
-        for split, examples in (("training", task.train), ("test", task.test)):
-            if not examples:
-                raise ValueError(f"task {task.name}: there are no {split} examples")
-        self.source = task
-        self.train_prompts = encode((e.prompt for e in task.train), True)
-        self.test_prompts = encode((e.prompt for e in task.test), True)
-        shown = [i for i, e in enumerate(task.train) if e.demonstration is not None]
-        completions = [[*ids, stop_token_id] for ids in encode((task.train[i].demonstration for i in shown), False)]
-        self.demonstrations = [(self.train_prompts[i], ids) for i, ids in zip(shown, completions, strict=True)]
-        in_test = encode((e.demonstration for e in task.test if e.demonstration is not None), False)
-        self.longest_demonstration = max(map(len, completions + in_test), default=0)
-        self.max_new_tokens = max_new_tokens or self.longest_demonstration * 5 // 4 or 512
-
-    @property
-    def context(self) -> int:
-        """Positions that hold every prompt with its completion."""
-        longest_prompt = max(map(len, self.train_prompts + self.test_prompts))
-        return longest_prompt + max(self.max_new_tokens, self.longest_demonstration)
-
-
-def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transformer:
-    """A small Qwen3-shaped model with random weights: the same for the same seed."""
-    shape = ModelConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+def small_shape(config: Config, codec: Codec, context: int) -> ModelConfig:
+    """The shape of a model from scratch: a small Qwen3."""
+    return ModelConfig(
+        vocab_size=codec.tokenizer.get_vocab_size(),
         hidden_size=config.hidden_size,
         intermediate_size=3 * config.hidden_size,
         num_hidden_layers=config.layers,
@@ -662,15 +662,76 @@ def build_model(config: Config, tokenizer: Tokenizer, context: int) -> Transform
         head_dim=config.hidden_size // config.heads,
         max_position_embeddings=max(context, 4096),  # a limit, not a table: rotary positions take no memory
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.token_to_id(END),
+        eos_token_id=codec.stop_token_ids[0],
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Transformer(shape)
+
+
+class Setting:
+    """All that a run is made of but its weights: the device, the tasks as token ids, and the shape of the model."""
+
+    def __init__(self, config: Config):
+        self.config, self.device = config, resolve_device(config.device)
+        task, warmup_task, ood_task = load_tasks(config)
+        self.checkpoint: Path | None = None
+        context = math.inf
+        if config.model:
+            self.checkpoint = resolve_checkpoint(config.model)
+            self.shape = read_config(self.checkpoint)
+            context = self.shape.max_position_embeddings
+            self.codec = Codec.from_pretrained(
+                self.checkpoint, prompt_format=config.prompt_format, system=config.system
+            )
+        elif config.prompt_format == "chat" or config.system:
+            raise ValueError(
+                "--prompt-format chat and --system need --model: a model from scratch has no chat template"
+            )
+        else:
+            examples = task.train + warmup_task.train
+            texts = (text for e in examples for text in (e.prompt, e.demonstration or e.answer))
+            self.codec = Codec.trained_on(texts, config.vocab_size)
+
+        def tokenize(task: Task, split: str) -> TokenizedTask:
+            return TokenizedTask(
+                task,
+                self.codec,
+                context=context,
+                max_new_tokens=config.max_new_tokens,
+                max_prompt_tokens=config.max_prompt_tokens,
+                max_demonstration_tokens=config.max_demonstration_tokens,
+                eval_split=split,
+            )
+
+        self.task = tokenize(task, config.eval_split)
+        self.warmup_task = self.task if warmup_task is task else tokenize(warmup_task, "test")
+        self.ood_task = tokenize(ood_task, "test") if ood_task else None
+        self._check_examples()
+        if not config.model:
+            longest = max(t.context for t in (self.task, self.warmup_task, self.ood_task) if t)
+            self.shape = small_shape(config, self.codec, longest)
+
+    def _check_examples(self) -> None:
+        config = self.config
+        if total_steps(config) and not self.task.train:
+            raise ValueError(f"task {self.task.source.name}: there are no training examples")
+        warmup, adaptive = config.warmup_steps > 0, may_choose_sft(config)
+        for needed, tokenized in ((warmup, self.warmup_task), (adaptive, self.task)):
+            if needed and not tokenized.demonstrations:
+                raise ValueError(
+                    f"task {tokenized.source.name}: no example has a demonstration, so SFT has nothing to learn from; "
+                    "without them use --controller grpo --warmup-steps 0, or another --warmup-task"
+                )
+
+    def make_model(self) -> Transformer:
+        """With the weights of --model, or random ones, which are the same for the same seed."""
+        if self.checkpoint:
+            return Transformer.from_pretrained(self.checkpoint)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return Transformer(self.shape)
 
 
 # Randomness without state: a draw is a function of the seed, its purpose, and a count.
-PURPOSES = {"demonstrations": 1, "prompts": 2, "alpha": 3, "samples": 4, "probe": 5}
+PURPOSES = {"demonstrations": 1, "prompts": 2, "alpha": 3, "samples": 4, "probe": 5, "evaluation": 6}
 
 
 def random_source(seed: int, purpose: str, count: int) -> np.random.Generator:
@@ -712,33 +773,12 @@ class Trainer:
     """Model, data and state of one run, and the two kinds of step."""
 
     def __init__(self, config: Config):
-        self.config, self.state = config, State()
-        self.device = resolve_device(config.device)
-        task, warmup_task, ood_task = load_tasks(config)
-        if config.model:
-            model, self.tokenizer, self.stop_token_ids = load_pretrained(config.model)
-        else:
-            examples = task.train + warmup_task.train
-            texts = (text for e in examples for text in (e.prompt, e.demonstration or e.answer))
-            self.tokenizer = train_tokenizer(texts, config.vocab_size)
-            self.stop_token_ids = (self.tokenizer.token_to_id(END),)
-
-        def tokenize(task: Task) -> TokenizedTask:
-            return TokenizedTask(task, self.tokenizer, self.stop_token_ids[0], config.max_new_tokens)
-
-        self.task = tokenize(task)
-        self.warmup_task = self.task if warmup_task is task else tokenize(warmup_task)
-        self.ood_task = tokenize(ood_task) if ood_task else None
-        self._check_demonstrations()
-        context = max(t.context for t in (self.task, self.warmup_task, self.ood_task) if t)
-        if not config.model:
-            model = build_model(config, self.tokenizer, context)
-        if context > model.config.max_position_embeddings:
-            raise ValueError(
-                f"--model {config.model}: its context of {model.config.max_position_embeddings} tokens is too short "
-                f"for the longest prompt with its completion ({context}); lower --max-new-tokens"
-            )
-        self.model = model.to(self.device)
+        self.config, self.state, self.progress = config, State(), Progress()
+        self.setting = Setting(config)
+        self.device, self.codec = self.setting.device, self.setting.codec
+        self.task, self.warmup_task = self.setting.task, self.setting.warmup_task
+        self.ood_task = self.setting.ood_task
+        self.model = self.setting.make_model().to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         # What samples are drawn from: the model itself, or on CUDA a bf16 copy of it.
         self.sampler = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).bfloat16()
@@ -752,15 +792,7 @@ class Trainer:
         self.reference: Transformer | None = None
         self.optimizer = make_optimizer(self.model, config)
         self.controller = make_controller(config)
-
-    def _check_demonstrations(self) -> None:
-        warmup, adaptive = self.config.warmup_steps > 0, may_choose_sft(self.config)
-        for needed, tokenized in ((warmup, self.warmup_task), (adaptive, self.task)):
-            if needed and not tokenized.demonstrations:
-                raise ValueError(
-                    f"task {tokenized.source.name}: no example has a demonstration, so SFT has nothing to learn from; "
-                    "without them use --controller grpo --warmup-steps 0, or another --warmup-task"
-                )
+        self.answers: list[dict] = []  # of the last evaluation, as they go into OUT/samples.jsonl
 
     # --- SFT
 
@@ -841,7 +873,8 @@ class Trainer:
 
     def _sample(self, prompts: list[list[int]]) -> Rollout:
         self._refresh_sampler()
-        params = SamplingParams(self.task.max_new_tokens, self.config.temperature, stop_token_ids=self.stop_token_ids)
+        stops = self.codec.stop_token_ids
+        params = SamplingParams(self.task.max_new_tokens, self.config.temperature, stop_token_ids=stops)
         seed = int(random_source(self.config.seed, "samples", self.state.step).integers(2**63))
         generator = torch.Generator(self.device).manual_seed(seed)
         rollout = generate(
@@ -861,8 +894,8 @@ class Trainer:
 
     def _rewards(self, completions: list[list[int]], chosen: list[int]) -> Tensor:
         """[Q, G], in the order of the rollout."""
-        examples = [self.task.source.train[i] for i in chosen for _ in range(self.config.group_size)]
-        texts = self.tokenizer.decode_batch(completions, skip_special_tokens=True)
+        examples = [self.task.train[i] for i in chosen for _ in range(self.config.group_size)]
+        texts = self.codec.decode(completions)
         rewards = [self.task.source.grade(text, example).reward for text, example in zip(texts, examples, strict=True)]
         return torch.tensor(rewards).view(len(chosen), self.config.group_size)
 
@@ -877,35 +910,68 @@ class Trainer:
 
     @torch.no_grad()
     def _refresh_sampler(self) -> None:
+        self.model.zero_grad(set_to_none=True)  # the last gradients have done their work; their memory is wanted
         if self.device.type == "cuda":  # elsewhere the weights are shared
             for copied, trained in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
                 copied.copy_(trained)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy accuracy on the test examples, in domain and (`_ood`) out of it. With a reference policy also `kl`,
-        how far the model has moved from it: the mean over the tokens of those answers, whole vocabulary, in nats."""
+        """Scores (`data.scores.scores_of`) in domain and, with `_ood` behind their names, out of it.
+
+        With a reference policy also `kl`, how far the model has moved from it: the mean over the tokens of the greedy
+        answers, whole vocabulary, in nats. Without any example to evaluate there are no scores.
+        """
         self._refresh_sampler()
-        answers = self._greedy_answers(self.task)
-        scores = {"accuracy": self._accuracy(self.task, answers)}
+        self.answers = []
+        if not self.task.evaluated:
+            return {}
+        scores, greedy = self._examine(self.task, self.config.eval_split)
         if self.ood_task is not None:
-            scores["accuracy_ood"] = self._accuracy(self.ood_task, self._greedy_answers(self.ood_task))
+            of_ood, _ = self._examine(self.ood_task, "ood")
+            scores |= {f"{key}_ood": value for key, value in of_ood.items()}
         if self.reference is not None:
-            batch = Batch(self.task.test_prompts[: len(answers)], answers)
+            asked = zip(self.task.eval_prompts, greedy, strict=False)
+            prompts, completions = zip(*((prompt, answer) for prompt, answer in asked if answer), strict=True)
             with self._reference_at_hand() as reference:
-                scores["kl"] = divergence(self.model, reference, batch, self.config)
+                scores["kl"] = divergence(self.model, reference, Batch(list(prompts), list(completions)), self.config)
         return scores
 
-    def _greedy_answers(self, tokenized: TokenizedTask) -> list[list[int]]:
-        params = SamplingParams(tokenized.max_new_tokens, temperature=0, stop_token_ids=self.stop_token_ids)
-        prompts = tokenized.test_prompts[: self.config.eval_examples]
-        parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]  # so many rows at once
-        options = {"memory_limit": int(1e9 * self.config.rollout_memory), "samplers": {}}
-        return [answer for part in parts for answer in generate(self.sampler, part, params, **options).completions]
+    def _examine(self, tokenized: TokenizedTask, split: str) -> tuple[dict[str, float], list[list[int]]]:
+        """Scores on the first examples, and the greedy answers as token ids."""
+        config, stops = self.config, self.codec.stop_token_ids
+        examples = tokenized.evaluated[: config.eval_examples]
+        greedy = SamplingParams(tokenized.max_new_tokens, temperature=0, stop_token_ids=stops)
+        answers = self._answers(tokenized, greedy, 1)  # [examples][1 + eval_samples]
+        if config.eval_samples:
+            drawn = SamplingParams(tokenized.max_new_tokens, config.eval_temperature, stop_token_ids=stops)
+            sampled = self._answers(tokenized, drawn, config.eval_samples)
+            answers = [first + more for first, more in zip(answers, sampled, strict=True)]
+        grades = []
+        for index, (example, completions) in enumerate(zip(examples, answers, strict=True)):
+            texts = self.codec.decode(completions)
+            grades.append([tokenized.source.grade(text, example) for text in texts])
+            for sample, (text, grade) in enumerate(zip(texts, grades[-1], strict=True)):
+                where = {"split": split, "index": index, "sample": sample or "greedy"}
+                asked = {"prompt": example.prompt, "answer": example.answer, "completion": text}
+                self.answers.append(where | asked | dataclasses.asdict(grade))
+        scores = scores_of(examples, [of[0] for of in grades], [of[1:] for of in grades], config.seed)
+        return scores, [completions[0] for completions in answers]
 
-    def _accuracy(self, tokenized: TokenizedTask, answers: list[list[int]]) -> float:
-        texts = self.tokenizer.decode_batch(answers, skip_special_tokens=True)
-        examples = tokenized.source.test[: len(answers)]
-        return sum(tokenized.source.grade(t, e).correct for t, e in zip(texts, examples, strict=True)) / len(answers)
+    def _answers(self, tokenized: TokenizedTask, params: SamplingParams, samples: int) -> list[list[list[int]]]:
+        """[examples][samples] completions as token ids; empty ones where the prompt does not fit."""
+        prompts = tokenized.eval_prompts[: self.config.eval_examples]
+        fitting = [prompt for prompt in prompts if prompt is not None]
+        seed = int(random_source(self.config.seed, "evaluation", self.state.step).integers(2**63))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        options = {"memory_limit": int(1e9 * self.config.rollout_memory), "samplers": {}, "generator": generator}
+        at_once = max(1, 256 // samples)  # prompts
+        drawn: list[list[int]] = []
+        for start in range(0, len(fitting), at_once):
+            part = fitting[start : start + at_once]
+            drawn += generate(self.sampler, part, params, group_size=samples, **options).completions
+            self.progress.show(f"evaluating {tokenized.source.name}: {start + len(part)}/{len(fitting)}")
+        groups = iter(drawn[i : i + samples] for i in range(0, len(drawn), samples))
+        return [next(groups) if prompt is not None else [[]] * samples for prompt in prompts]
 
     # --- one step of either stage, and what happens between them
 
@@ -949,10 +1015,10 @@ class Trainer:
             started = time.perf_counter()
             scores = self.evaluate()
             state.seconds["eval"] += time.perf_counter() - started
-            state.shown["accuracy"] = scores["accuracy"]
+            state.shown |= {"accuracy": scores["accuracy"]} if scores else {}
         for name, at in (("before", 0), ("warmup", config.warmup_steps), ("final", total_steps(config))):
             if state.step == at:
-                found = {key: value for key, value in scores.items() if key.startswith("accuracy")}
+                found = {key: scores[key] for key in ("accuracy", "accuracy_ood") if key in scores}
                 state.accuracy |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in found.items()}
         if state.step == config.warmup_steps == 0 and may_choose_sft(config):
             self._observe(self.controller.observe_warmup, self.probe(), 0)  # no warm-up to take it from: measure it
@@ -978,12 +1044,9 @@ class Trainer:
 
     def save_model(self, path: Path) -> None:
         """Weights and tokenizer in Hugging Face layout."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save(str(path / "tokenizer.json"))
-        # Without a class named, transformers guesses one from config.json, with another way to split digits.
-        end = self.tokenizer.id_to_token(self.stop_token_ids[0])
-        named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-        (path / "tokenizer_config.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+        kind = self.config.save_dtype
+        self.model.save_pretrained(path, dtype=self.model.stored_dtype if kind == "same" else getattr(torch, kind))
+        self.codec.save(path)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, Adam's moments and the reference policy, each under its own prefix."""
@@ -1002,7 +1065,7 @@ class Trainer:
     def fingerprint(self) -> int:
         """Changes when the tokenizer or any example does."""
         examples = [(t.source.train, t.source.test) for t in (self.task, self.warmup_task)]
-        return zlib.crc32((self.tokenizer.to_str() + repr(examples)).encode())
+        return zlib.crc32((self.codec.tokenizer.to_str() + repr(examples)).encode())
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], saved: dict) -> None:
@@ -1040,18 +1103,19 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
     interrupt (first SIGINT or SIGTERM) ends the step, saves, and raises `run.Stopped`.
     """
     trainer = Trainer(config)
-    folder = resume or RunFolder(config.out or default_out(config))
+    folder = resume or RunFolder(config.out or default_out(config, config.controller))
     checkpoint = folder.load_checkpoint() if resume else None
     if resume is None:
         folder.create(dataclasses.asdict(config) | {"out": str(folder.path)})
     if checkpoint:
         trainer.restore(*checkpoint)
-    state, progress = trainer.state, Progress()
+    state, progress = trainer.state, trainer.progress
     progress.say(headline(trainer, folder.path))
     with Interrupt() as interrupt, progress:
         folder.rewind_metrics(checkpoint[1]["metrics_bytes"] if checkpoint else 0)
         if not checkpoint:
             trainer.between_steps()
+            folder.write_jsonl("samples.jsonl", trainer.answers)
         while state.step < total_steps(config):
             started = time.perf_counter()
             record = trainer.warmup_step() if state.step < config.warmup_steps else trainer.adaptive_step()
@@ -1060,6 +1124,8 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
             state.step += 1
             scores = trainer.between_steps()
             folder.log({"step": state.step} | record | {f"eval/{key}": value for key, value in scores.items()})
+            if scores:
+                folder.write_jsonl("samples.jsonl", trainer.answers)
             last = state.step == total_steps(config)
             progress.show(progress_line(config, state, record), last=last)
             if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
@@ -1085,11 +1151,93 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
     return summary
 
 
-def default_out(config: Config) -> str:
-    """runs/CONTROLLER-TASK-SEED, with a number behind it if that is taken."""
-    base = f"runs/{config.controller}-{config.task.partition(':')[0]}-{config.seed}"
+def default_out(config: Config, kind: str) -> str:
+    """runs/KIND-TASK-SEED, with a number behind it if that is taken."""
+    base = f"runs/{kind}-{config.task.partition(':')[0]}-{config.seed}"
     names = itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
     return next(name for name in names if not Path(name).exists())
+
+
+# ============================================================================= what a run needs in memory
+
+
+def memory_plan(setting: Setting) -> dict[str, float]:
+    """Bytes on the device by what they are for, and the `peak`: before a weight is loaded, from shapes alone.
+
+    What stays is weights, optimizer, copies and the cache of rollouts. On top of that comes either an update
+    (gradients and the activations of its largest micro-batch) or an evaluation (its own cache).
+    """
+    config, shape, task, cuda = setting.config, setting.shape, setting.task, setting.device.type == "cuda"
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Transformer(shape).parameters())
+    copy_bytes = 2 if cuda else 4  # bf16 where it is used for arithmetic
+    per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * copy_bytes  # of a cache
+    completion = task.longest_prompt + task.max_new_tokens  # tokens
+    rows = config.prompts_per_step * config.group_size
+    eval_rows = min(256, config.eval_examples, max(len(task.evaluated), 1))
+    cache, eval_cache = (n * -(-completion // 128) * 128 * per_token for n in (rows, eval_rows))
+    if config.rollout_memory:
+        cache, eval_cache = (min(size, 1e9 * config.rollout_memory) for size in (cache, eval_cache))
+    draws = 4 * 4 * shape.vocab_size  # logits, log-probs, probabilities and their sums, of a row
+
+    sft_tokens = config.sft_batch_size * (task.longest_prompt + task.longest_demonstration)
+    grpo_tokens = config.prompts_per_step * task.longest_prompt + rows * task.max_new_tokens
+    tokens = min(tokens_at_once(config.tokens_per_microbatch, setting.device), max(sft_tokens, grpo_tokens))
+    plan = {
+        "weights": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "sampler's copy": 2 * parameters if cuda else 0,
+        "reference": copy_bytes * parameters if config.kl_coef and not (cuda and config.offload_reference) else 0,
+        "rollout cache": cache + rows * draws,
+    }
+    stays = sum(plan.values())
+    plan["gradients"] = 4 * parameters
+    plan["activations"] = activation_bytes(shape, max(tokens, completion), config.gradient_checkpointing, cuda)
+    plan["evaluation"] = eval_cache + eval_rows * draws
+    return plan | {"peak": stays + max(plan["gradients"] + plan["activations"], plan["evaluation"])}
+
+
+def activation_bytes(shape: ModelConfig, tokens: int, checkpointing: bool, cuda: bool) -> float:
+    """What backward needs of a micro-batch: what each layer saved, and the largest temporaries beside it.
+
+    On CUDA the products are in bf16 and their inputs are kept in it, weights included; the residual stream is fp32.
+    """
+    small, hidden, mlp = 2 if cuda else 4, shape.hidden_size, shape.intermediate_size
+    queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    norm = (4 + small) * hidden if cuda else 3 * 4 * hidden  # its input and output; a CPU keeps the step between them
+    attention = small * (2 * queries + 2 * keys)  # q, k, v and what comes of them
+    if shape.model_type == "qwen3":
+        attention += 4 * (queries + keys) * (1 if cuda else 2)
+    layer = 2 * norm + attention + small * 4 * mlp  # bytes a token; the MLP keeps gate, SiLU, up and product
+    backward = small * 3 * mlp + 4 * 2 * hidden  # gradients on their way through a layer
+    bf16_weights = 2 * (2 * hidden * (queries + keys) + 3 * hidden * mlp) if cuda else 0
+    if checkpointing:
+        saved = tokens * (4 * hidden * shape.num_hidden_layers + layer) + bf16_weights
+    else:
+        saved = shape.num_hidden_layers * (tokens * layer + bf16_weights)
+    head = 4 * shape.vocab_size * hidden  # the gradient of the output matrix, before it is added to the embedding's
+    logits = min(tokens * shape.vocab_size, 2**26) * small + 4 * 3 * tokens * hidden
+    return saved + max(tokens * backward, head + logits)
+
+
+def dry_run_report(setting: Setting) -> str:
+    """The plan as a table, beside what the device has."""
+    config, plan = setting.config, memory_plan(setting)
+    total = free_memory(setting.device)
+    lines = [*left_out(setting), f"{'memory on ' + str(setting.device):24}{'GB':>8}"]
+    lines += [f"{name:24}{size / 1e9:8.2f}" for name, size in plan.items()]
+    verdict = "fits" if plan["peak"] < total else "does NOT fit"
+    lines.append(f"{verdict} into the {total / 1e9:.1f} GB that are free now")
+    if plan["peak"] >= total:
+        lines.append(
+            "less: --gradient-checkpointing, --offload-reference, --tokens-per-microbatch, --max-new-tokens, "
+            "--rollout-memory"
+        )
+    lines.append(
+        f"prompts of up to {setting.task.longest_prompt} tokens, completions of up to {setting.task.max_new_tokens}; "
+        f"{tokens_at_once(config.tokens_per_microbatch, setting.device)} tokens a micro-batch"
+    )
+    return "\n".join(lines)
 
 
 # ============================================================================= what the person sees
@@ -1100,7 +1248,7 @@ def headline(trainer: Trainer, out: Path) -> str:
     config, task = trainer.config, trainer.task
     parameters = sum(p.numel() for p in trainer.model.parameters())
     origin = config.model or "from scratch"
-    return (
+    return "\n".join([*left_out(trainer.setting), ""]) + (
         f"{config.controller} on {task.source.name}: {len(task.train_prompts)} training prompts, "
         f"{len(task.demonstrations)} with a demonstration\n"
         f"{parameters / 1e6:.2f} M parameters {origin}, on {trainer.device}; {config.warmup_steps} warm-up steps, "
@@ -1108,6 +1256,26 @@ def headline(trainer: Trainer, out: Path) -> str:
         f"writing to {out}; "
         + (f"resuming after step {trainer.state.step}" if trainer.state.step else "first, an evaluation")
     )
+
+
+def left_out(setting: Setting) -> list[str]:
+    """A line for each kind of example that the person brought and that will not be learnt from or graded."""
+    config, task = setting.config, setting.task
+    lines = []
+    if task.source.skipped:
+        lines.append(f"skipped {len(task.source.skipped)} bad record(s), the first: {task.source.skipped[0]}")
+    for tokenized in {id(t): t for t in (task, setting.warmup_task)}.values():
+        for kind, count in tokenized.dropped.items():
+            if count:
+                lines.append(f"dropped {count} {kind} of {tokenized.source.name} that are too long")
+    too_long = sum(prompt is None for prompt in task.eval_prompts[: config.eval_examples])
+    if too_long:
+        lines.append(f"{too_long} {config.eval_split} prompts are too long and count as wrong answers")
+    if not task.evaluated:
+        lines.append(f"there are no {config.eval_split} examples, so nothing is evaluated; --eval-split has the other")
+    if config.reward:
+        lines.append(f"rewards come from {config.reward}, which is run as a program")
+    return lines
 
 
 def seconds_left(config: Config, state: State) -> float:
@@ -1162,6 +1330,7 @@ GROUPS = {  # the first field of each group of flags in --help
     "model": "the model",
     "warmup_steps": "how long",
     "controller": "who decides between SFT and GRPO",
+    "max_new_tokens": "lengths",
     "sft_batch_size": "SFT",
     "prompts_per_step": "GRPO",
     "warmup_lr": "the optimizer (AdamW)",
@@ -1175,6 +1344,57 @@ RESUMABLE = (
 )
 
 
+# Values from a public recipe say which; the others are ours, chosen to fit one GPU, and not tuned.
+PRETRAINED = {
+    "prompt_format": "chat",
+    "gradient_checkpointing": True,
+    "ood_task": "none",
+    "warmup_steps": 100,
+    "steps": 500,
+    "sft_batch_size": 32,
+    "warmup_lr": 1e-5,
+    "lr": 1e-6,  # verl, examples/grpo_trainer on GSM8K and MATH; so are the next four
+    "kl_coef": 0.001,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "max_grad_norm": 1.0,
+    "beta2": 0.999,  # PyTorch's own, which most recipes keep
+    "weight_decay": 0.01,
+    "eval_every": 100,
+    "eval_examples": 10_000,  # all
+}
+PRESETS = {
+    "kk-tiny": {},  # the default: all values are those of Config, found on the generated puzzles themselves
+    "countdown-tiny": {"task": "countdown"},
+    "gsm8k": PRETRAINED
+    | {
+        "task": "gsm8k",
+        "data": "records/gsm8k",
+        "model": "Qwen/Qwen2.5-0.5B",
+        "max_prompt_tokens": 512,  # verl
+        "max_new_tokens": 512,  # verl
+    },
+    "math": PRETRAINED
+    | {
+        "task": "math",
+        "data": "records/math",
+        "model": "Qwen/Qwen2.5-1.5B",
+        "max_prompt_tokens": 1024,  # verl
+        "max_new_tokens": 1024,  # verl
+    },
+    "kk": PRETRAINED
+    | {
+        "task": "knights-knaves:format=logic-rl",
+        "data": "records/knights_knaves",
+        "model": "Qwen/Qwen2.5-0.5B-Instruct",
+        "lr": 4e-7,  # Logic-RL (arXiv 2502.14768); so are the next two, and the reward
+        "temperature": 0.7,
+        "group_size": 8,
+        "max_new_tokens": 2048,  # Logic-RL allows 4096; the published demonstrations need a tenth
+    },
+}
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Only what the person said: fields of Config that were not named are absent."""
     parser = argparse.ArgumentParser(
@@ -1184,8 +1404,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder; with --out, as a branch of it")
+    parser.add_argument("--eval-only", action="store_true", help="grade --model on the task, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would need in memory, and stop")
     parser.add_argument(
-        "--eval-only", action="store_true", help="grade --model on the task's test examples, train nothing"
+        "--preset", choices=tuple(PRESETS), help="a set of values for the other flags, which still override it"
     )
     group = parser
     for spec in dataclasses.fields(Config):
@@ -1235,17 +1457,49 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
 
 
 def evaluate_only(config: Config) -> str:
+    """Grade --model, write the answers to OUT/samples.jsonl and the scores to OUT/summary.json, and show a table."""
     if not config.model:
         raise ValueError("--eval-only needs --model, a checkpoint directory")
     trainer = Trainer(dataclasses.replace(config, warmup_steps=0, steps=0))
-    return "\n".join(f"{name:16}{score:8.1%}" for name, score in trainer.evaluate().items())
+    if not trainer.task.evaluated:
+        raise ValueError(f"task {config.task}: there are no {config.eval_split} examples to evaluate")
+    folder = RunFolder(config.out or default_out(config, "eval"))
+    folder.create(dataclasses.asdict(config) | {"out": str(folder.path)})
+    for line in left_out(trainer.setting):
+        trainer.progress.say(line)
+    with trainer.progress:
+        scores = trainer.evaluate()
+    folder.write_jsonl("samples.jsonl", trainer.answers)
+    folder.write_json("summary.json", scores | {"task": config.task, "model": config.model, "seed": config.seed})
+    examples = trainer.task.evaluated[: config.eval_examples]
+    title = f"{config.task}, {len(examples)} {config.eval_split} examples"
+    return "\n".join([f"{title:40}{'share':>8}   95% interval", *score_lines(scores), "", f"written to {folder.path}"])
+
+
+def score_lines(scores: dict[str, float]) -> list[str]:
+    """A line a score, its interval behind it."""
+    lines = []
+    for name, value in scores.items():
+        base, ood = (name.removesuffix("_ood"), "_ood") if name.endswith("_ood") else (name, "")
+        if base.endswith(("_low", "_high")):
+            continue
+        low, high = scores.get(f"{base}_low{ood}"), scores.get(f"{base}_high{ood}")
+        interval = "" if low is None else f"   {low:.1%} to {high:.1%}"
+        lines.append(f"{name:40}" + (f"{value:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"))
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done; 2: bad input or files, one line on standard error; 130 or 143: interrupted and saved."""
     said = vars(parse_flags(argv))
-    resume, eval_only = said.pop("resume", None), said.pop("eval_only", False)
+    resume, eval_only, dry_run = said.pop("resume", None), said.pop("eval_only", False), said.pop("dry_run", False)
     try:
+        if resume and "preset" in said:
+            raise ValueError(f"--preset {said['preset']}: a resumed run keeps its values; name the flags to change")
+        said = PRESETS[said.pop("preset", "kk-tiny")] | said
+        if dry_run:
+            print(dry_run_report(Setting(Config(**said))))
+            return 0
         if eval_only:
             print(evaluate_only(Config(**said)))
             return 0

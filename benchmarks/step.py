@@ -38,6 +38,7 @@ from tokenizers import Tokenizer
 
 import sasr
 from benchmarks.rollout import SHAPES, peak_of_process
+from data.tokenizer import Codec
 from model import ModelConfig, Transformer
 
 PROMPTS, GROUP = 8, 8
@@ -60,13 +61,13 @@ def make_checkpoint(shape: str, folder: Path, device: str) -> dict:
             trainer.state.step += 1
         most = trainer.task.max_new_tokens
     else:
-        spec = json.loads(trainer.tokenizer.to_str())
+        spec = json.loads(trainer.codec.tokenizer.to_str())
         vocabulary = spec["model"]["vocab"]
-        known = trainer.tokenizer.get_vocab_size()
+        known = trainer.codec.tokenizer.get_vocab_size()
         vocabulary |= {f"w{i}": i for i in range(known, SHAPES[shape]["vocab_size"])}  # words no text is cut into
-        trainer.tokenizer = Tokenizer.from_str(json.dumps(spec))
+        trainer.codec = Codec(Tokenizer.from_str(json.dumps(spec)), trainer.codec.stop_token_ids)
         torch.manual_seed(0)
-        eos = trainer.stop_token_ids[0]
+        eos = trainer.codec.stop_token_ids[0]
         trainer.model = Transformer(
             ModelConfig(**SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=eos)
         )

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import countdown, knights_knaves
-from .task import Example, Grade, Task, read_split
+from . import countdown, gsm8k, jsonl, knights_knaves
+from .task import Example, Grade, Task, load_reward, read_split
 
-__all__ = ["TASKS", "Example", "Grade", "Task", "load_task"]
+__all__ = ["TASKS", "Example", "Grade", "Task", "load_reward", "load_task"]
 
 # A task is a module with grade(completion, example, **options); with generate(seed, **options) -> (train, test),
 # if its problems can be made up; with parse_record(record, **options) -> Example, for the published ones; and with
 # PUBLISHED, which says where those are to be had.
-TASKS = {"knights-knaves": knights_knaves, "countdown": countdown}
+TASKS = {"knights-knaves": knights_knaves, "countdown": countdown, "gsm8k": gsm8k, "jsonl": jsonl}
 
 
 def load_task(
@@ -33,7 +33,7 @@ def load_task(
     if path is None and not hasattr(module, "generate"):
         raise ValueError(f"task {name} needs --data, a folder with train.jsonl and test.jsonl: {module.PUBLISHED}")
     source = module.generate if path is None else module.parse_record
-    known = [*options_of(source), *options_of(module.grade)]
+    known = list(dict.fromkeys([*options_of(source), *options_of(module.grade)]))  # some serve both
     for key in options:
         if key not in known:
             where = "" if path is None else " with a data folder"

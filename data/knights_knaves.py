@@ -5,8 +5,9 @@ the group. Exactly one of the 2^n assignments of roles makes all claims consiste
 cases, which is what a chain of thought can show and what guessing (1 in 2^n) cannot fake.
 
 The source is K&K, Xie et al. 2024, "On Memorization of Large Language Models in Logical Reasoning" (arXiv 2410.23123).
-`read` takes its published records as they are. `generate` keeps the kinds of statement and their shares (an atom, not,
-and, or, ->, <=>: equally likely), the natural wording and the assume / contradict / go back demonstrations. Departures:
+`parse_record` takes its published records as they are. `generate` keeps the kinds of statement and their shares (an
+atom, not, and, or, ->, <=>: equally likely), the natural wording and the assume / contradict / go back demonstrations.
+Departures:
 
 - A second, `terse` wording, in which every word is one token and the demonstration is a plain enumeration: a model
   small enough to train from scratch in minutes cannot learn English on the way.
@@ -15,6 +16,10 @@ and, or, ->, <=>: equally likely), the natural wording and the assume / contradi
 - Natural wording puts nested operands in parentheses, since English leaves "A or B if C" open.
 - The verifier is stricter than a search for the right substring: the conclusion must hold each person once and nothing
   else, so that naming every possible answer earns nothing.
+
+With format="logic-rl", natural wording takes the tags and the graded reward of Logic-RL, Xie et al. 2025 (arXiv
+2502.14768): the reasoning stands inside <think> </think>, the conclusion inside <answer> </answer>. Departures: the
+prompt is worded here, and says nothing of roles in a chat; and the conclusion is read as strictly as above.
 """
 
 from __future__ import annotations
@@ -41,9 +46,16 @@ TERSE_OPERATORS = {"and": "and", "or": "or", "->": "implies", "<=>": "iff"}
 HEAD = "Let's think step by step, by considering whether each person is lying and if that leads to contradiction."
 FOOT = "This leads to a feasible solution."
 MARKER = "CONCLUSION:"
-SUFFIX = (
-    f'\nThink step by step. End with "{MARKER}" and one numbered line per person, such as "(1) Zoey is a knight".\n'
-)
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SUFFIXES = {  # by format: what a prompt asks for
+    "conclusion": (
+        f'\nThink step by step. End with "{MARKER}" and one numbered line per person, such as "(1) Zoey is a knight".\n'
+    ),
+    "logic-rl": (
+        "\nReason step by step inside <think> </think>. Then give your conclusion inside <answer> </answer>, "
+        'one numbered line per person, such as "(1) Zoey is a knight".\n'
+    ),
+}
 FIRST_NAMES = (
     "Abigail Adam Alice Amelia Anna Benjamin Carlos Charlotte Chloe Daniel David Elena Emma Ethan Evelyn Felix Grace "
     "Hannah Harper Henry Isaac Jack James Julia Kofi Laura Leila Lucas Maria Mason Michael Nadia Noah Oliver Omar "
@@ -277,7 +289,7 @@ def natural_list(names: list[str]) -> str:
     return ", ".join(names[:-1]) + f", and {names[-1]}"
 
 
-def natural_prompt(statements: tuple[Statement, ...], names: list[str], rng: random.Random) -> str:
+def natural_prompt(statements: tuple[Statement, ...], names: list[str], rng: random.Random, format: str) -> str:
     """The quiz as published, each claim in a saying drawn from `rng`, and the format that the verifier reads."""
     sayings = []
     for name, statement in zip(names, statements, strict=True):
@@ -286,7 +298,7 @@ def natural_prompt(statements: tuple[Statement, ...], names: list[str], rng: ran
     return (
         "A very special island is inhabited only by knights and knaves. Knights always tell the truth, and knaves "
         f"always lie. You meet {len(names)} inhabitants: {natural_list(names)}. {' '.join(sayings)} "
-        f"So who is a knight and who is a knave?{SUFFIX}"
+        f"So who is a knight and who is a knave?{SUFFIXES[format]}"
     )
 
 
@@ -299,7 +311,7 @@ def mentioned(statement: Statement) -> list[int]:
 
 
 def natural_trace(statements: tuple[Statement, ...], names: list[str]) -> str:
-    """The demonstration: a backtracking search that says what it does, then the numbered conclusion.
+    """The reasoning of a demonstration: a backtracking search that says what it does.
 
     A role is refuted only by the claim of someone whose role is already assumed, and only when that claim is
     inconsistent under every completion of the assumptions, so each "cannot be" follows from what stands above it.
@@ -342,18 +354,38 @@ def natural_trace(statements: tuple[Statement, ...], names: list[str]) -> str:
             whose = "their own" if refuting == person else names[refuting]
             claim = f"{'claim' if trial[refuting] else 'false claim'} of {whose} that {claims[refuting]}"
             steps.append(f"{name} cannot be a {role}, because this would contradict the {claim}.")
-    answer = natural_answer(names, tuple(roles[person] for person in people))
-    return "\n".join([HEAD, *steps, FOOT, MARKER, answer])
+    return "\n".join([HEAD, *steps, FOOT])
 
 
-def parse_natural(text: str, names: list[str]) -> Roles | None:
-    """Roles in the conclusion, or None unless one marker is followed by each person once, numbered, and nothing else.
+def natural_demonstration(reasoning: str, answer: str, format: str) -> str:
+    """The reasoning, then the conclusion where `grade` looks for it."""
+    if format == "logic-rl":
+        return f"<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>"
+    return f"{reasoning}\n{MARKER}\n{answer}"
+
+
+def marked_conclusion(text: str) -> str | None:
+    """What follows the marker of a text, or None unless it holds exactly one."""
+    parts = text.replace("**", "").casefold().split(MARKER.casefold())
+    return parts[1] if len(parts) == 2 else None
+
+
+def tagged_conclusion(text: str) -> str | None:
+    """What stands in the answer tags of a text, or None unless it holds each of the four tags once, in order."""
+    places = [text.find(tag) for tag in TAGS]
+    if places != sorted(places) or any(text.count(tag) != 1 for tag in TAGS):
+        return None
+    return text.partition("<answer>")[2].partition("</answer>")[0]
+
+
+def parse_natural(conclusion: str, names: list[str]) -> Roles | None:
+    """Roles in a conclusion, or None unless it holds each person once, numbered, and nothing else.
 
     Case, bold and a final full stop do not matter, nor does the order of the people.
     """
-    parts = text.replace("**", "").casefold().split(MARKER.casefold())
-    lines = [" ".join(line.split()) for line in parts[-1].splitlines() if line.strip()]
-    if len(parts) != 2 or len(lines) != len(names):
+    plain = conclusion.replace("**", "").casefold()
+    lines = [" ".join(line.split()) for line in plain.splitlines() if line.strip()]
+    if len(lines) != len(names):
         return None
     claims = {
         f"{name} is a {role_name(knight)}".casefold(): (name, knight) for name in names for knight in (True, False)
@@ -376,6 +408,13 @@ def check_integer(option: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{option} must be an integer from {low} to {high}, got {value!r}")
 
 
+def check_format(format: str, wording: str) -> None:
+    if format not in SUFFIXES:
+        raise ValueError(f"format must be {' or '.join(map(repr, SUFFIXES))}, got {format!r}")
+    if format == "logic-rl" and wording != "natural":
+        raise ValueError("format 'logic-rl' needs wording 'natural', whose conclusion has a line per person")
+
+
 def generate(
     seed: int,
     *,
@@ -383,13 +422,15 @@ def generate(
     train_size: int = 4000,
     test_size: int = 512,
     wording: str = "terse",
+    format: str = "conclusion",
     demonstrations: int | None = None,
     depth: int = 2,
     width: int = 2,
 ) -> tuple[list[Example], list[Example]]:
     """Puzzles drawn from `seed` and `people`: (train, test), all distinct, each with exactly one solution.
 
-    wording: `terse` or `natural`; it changes the text, not the puzzles. demonstrations: how many training examples,
+    wording: `terse` or `natural`; it changes the text, not the puzzles. format: of natural wording, `conclusion` (a
+    marker before it) or `logic-rl` (tags around it, see `grade`). demonstrations: how many training examples,
     from the first, have one (None: all); test examples always do. depth: nesting of a statement, 2 is one operator
     over atoms as published. width: most operands of `and` and `or`; beyond 2, every puzzle has a claim that wide. The
     test split is drawn first, so that it stays the same for every train_size.
@@ -406,6 +447,7 @@ def generate(
         check_integer("demonstrations", demonstrations, 0, train_size)
     if wording not in ("terse", "natural"):
         raise ValueError(f"wording must be 'terse' or 'natural', got {wording!r}")
+    check_format(format, wording)
 
     rng = random.Random(f"knights-knaves seed {seed} people {people}")  # a string is hashed by value, in all versions
     puzzles = draw_puzzles(rng, test_size + train_size, people, depth, width)
@@ -417,8 +459,8 @@ def generate(
             prompt, answer, trace = terse_prompt(statements), terse_roles(roles), terse_trace(statements, people)
         else:
             names = rng.sample(FIRST_NAMES.split(), people)
-            prompt, answer = natural_prompt(statements, names, rng), natural_answer(names, roles)
-            trace = natural_trace(statements, names)
+            prompt, answer = natural_prompt(statements, names, rng, format), natural_answer(names, roles)
+            trace = natural_demonstration(natural_trace(statements, names), answer, format)
         shown = trace if index < with_demonstration else None
         examples.append(Example(prompt, answer, shown, group=f"{people} people"))
     return examples[test_size:], examples[:test_size]
@@ -428,8 +470,9 @@ def is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def parse_record(record: dict) -> Example:
+def parse_record(record: dict, *, format: str = "conclusion") -> Example:
     """One published record. Raises KeyError on a missing field, ValueError on one of the wrong type or value."""
+    check_format(format, "natural")
     lists = {"names": str, "solution": bool, "cot_repeat_steps": str}
     for field in ("quiz", "solution_text_format", "cot_head", "cot_foot", *lists):
         value, kind = record[field], lists.get(field)
@@ -444,19 +487,32 @@ def parse_record(record: dict) -> Example:
     answer = natural_answer(names, roles)
     if stated != answer:
         raise ValueError(f"solution_text_format disagrees with names and solution: {stated!r} is not {answer!r}")
-    demonstration = "\n".join([record["cot_head"], *record["cot_repeat_steps"], record["cot_foot"], MARKER, answer])
-    return Example(record["quiz"] + SUFFIX, answer, demonstration, group=f"{len(names)} people")
+    reasoning = "\n".join([record["cot_head"], *record["cot_repeat_steps"], record["cot_foot"]])
+    demonstration = natural_demonstration(reasoning, answer, format)
+    return Example(record["quiz"] + SUFFIXES[format], answer, demonstration, group=f"{len(names)} people")
 
 
-def grade(completion: str, example: Example) -> Grade:
+def grade(completion: str, example: Example, *, format: str = "conclusion") -> Grade:
     """Reward 1 when the conclusion gives every person the right role; the wording is the one of `example.answer`.
 
-    Time is linear in the length of the text, and no text raises.
+    With format="logic-rl" the reward is graded as in arXiv 2502.14768: 1 for the format (each of the four tags once, in
+    order), else -1; plus 2 for the right conclusion, -1.5 for a wrong one, -2 for one that is missing or unreadable or
+    in a wrong format. What a prompt has already opened, such as `<think>`, belongs in front of the completion: the
+    caller puts it there. Time is linear in the length of the text, and no text raises.
     """
-    if example.answer.startswith("("):
-        names = [line.partition(" ")[2].rpartition(" is a ")[0] for line in example.answer.splitlines()]
-        concluded, truth = (parse_natural(text, names) for text in (completion, f"{MARKER}\n{example.answer}"))
-    else:
+    wording = "natural" if example.answer.startswith("(") else "terse"
+    check_format(format, wording)
+    if wording == "terse":
         people = len(example.answer.split())
         concluded, truth = (parse_terse(text, people) for text in (completion, f"so {example.answer}"))
-    return outcome_grade(concluded is not None and concluded == truth, concluded is not None)
+    else:
+        names = [line.partition(" ")[2].rpartition(" is a ")[0] for line in example.answer.splitlines()]
+        conclusion = (tagged_conclusion if format == "logic-rl" else marked_conclusion)(completion)
+        concluded = None if conclusion is None else parse_natural(conclusion, names)
+        truth = parse_natural(example.answer, names)
+    well_formed = concluded is not None
+    correct = well_formed and concluded == truth
+    if format == "logic-rl":
+        format_score = -1.0 if conclusion is None else 1.0
+        return Grade(format_score + (2.0 if correct else -1.5 if well_formed else -2.0), correct, well_formed)
+    return outcome_grade(correct, well_formed)

@@ -6,10 +6,15 @@ completion, never the model, so that the same function scores training, evaluati
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,14 @@ def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipp
     examples = []
     for place, record in records_of(folder, split):
         try:
-            if isinstance(record, str):  # a line of JSON, not yet read
-                record = json.loads(record)
+            if isinstance(record, bytes):  # of JSON, not yet read
+                record = decode_json(record)
             if not isinstance(record, dict):
                 raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-            examples.append(parse(record))
+            example = parse(record)
+            for text in (example.prompt, example.answer, example.demonstration or ""):
+                text.encode()  # JSON can spell half a surrogate pair, "\ud800", which no tokenizer takes
+            examples.append(example)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             lacking = f"the record lacks the field {error}"
             reason = f"{place}: {lacking if isinstance(error, KeyError) else error}"
@@ -75,15 +83,15 @@ def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipp
 
 
 def records_of(folder: Path, split: str) -> Iterator[tuple[str, object]]:
-    """(Where it stands, a line or an object) for each record of a split."""
+    """(Where it stands, its JSON as bytes or already read) for each record of a split."""
     lines, whole = folder / f"{split}.jsonl", folder / f"{split}.json"
     if lines.is_file():
-        for number, line in enumerate(read_text(lines).split("\n"), start=1):
+        for number, line in enumerate(lines.read_bytes().split(b"\n"), start=1):
             if line.strip():
                 yield f"{lines}:{number}", line
     elif whole.is_file():
         try:
-            records = json.loads(read_text(whole))
+            records = decode_json(whole.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{whole}: {error}") from None
         if not isinstance(records, list):
@@ -92,14 +100,11 @@ def records_of(folder: Path, split: str) -> Iterator[tuple[str, object]]:
             yield f"{whole}, record {number}", record
     else:  # MATH is published as a tree of files with a record each
         for file in sorted((folder / split).rglob("*.json")):
-            yield str(file), read_text(file)
+            yield str(file), file.read_bytes()
 
 
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error})") from None
+def decode_json(raw: bytes) -> object:
+    return json.loads(raw.decode("utf-8-sig"))  # some editors begin a file with a mark
 
 
 def required_text(record: dict, field: str) -> str:
@@ -108,3 +113,67 @@ def required_text(record: dict, field: str) -> str:
     if not (isinstance(value, str) and value.strip()):
         raise ValueError(f"{field} must be a text that is not empty, got {value!r}")
     return value
+
+
+# ---- A reward of the user's own --------------------------------------------------------------------------------------
+
+
+def load_reward(spec: str) -> Callable[[str, Example], Grade]:
+    """The verifier that MODULE:FUNCTION or path/to/FILE.py:FUNCTION names, called with a completion and its example.
+
+    It returns a Grade, or a finite number: the reward, which counts as correct from 1 on. As with `python -m MODULE`
+    and `python FILE.py`, a module may stand in the current directory, and a file may import those beside it.
+    Raises ValueError with one line that names the spec; so does the verifier when the function returns anything else.
+    What the function itself raises is not caught.
+    """
+    place, _, name = spec.rpartition(":")
+    if not (place and name):
+        raise ValueError(f"reward {spec!r}: expected MODULE:FUNCTION or path/to/FILE.py:FUNCTION")
+    file = Path(place) if place.endswith(".py") else None
+    if file and not file.is_file():
+        raise ValueError(f"reward {spec!r}: no such file {place!r}")
+    beside = str(file.parent.resolve() if file else Path.cwd())
+    sys.path.insert(0, beside)
+    try:
+        module = import_file(file) if file else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # a script may end itself
+        if not file and isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+            raise ValueError(f"reward {spec!r}: no such module {place!r}") from None
+        reason = f"importing it raised {type(error).__name__}: {one_line(str(error))}"
+        raise ValueError(f"reward {spec!r}: {reason}") from error
+    finally:
+        if beside in sys.path:
+            sys.path.remove(beside)
+    if not hasattr(module, name):
+        raise ValueError(f"reward {spec!r}: {place} has no function {name!r}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise ValueError(f"reward {spec!r}: {name!r} must be a function, got {one_line(repr(function))}")
+
+    def verify(completion: str, example: Example) -> Grade:
+        result = function(completion, example)
+        reward = result.reward if isinstance(result, Grade) else result
+        try:
+            number = math.nan if isinstance(reward, (str, bytes)) else float(reward)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"reward {spec!r}: expected a Grade or a finite number, got {one_line(repr(result))} "
+                f"for the completion {completion[:80]!r}"
+            )
+        return result if isinstance(result, Grade) else Grade(number, correct=number >= 1, well_formed=True)
+
+    return verify
+
+
+def import_file(file: Path) -> ModuleType:
+    name = f"reward file {file.resolve()}"  # no name that an import could spell: nothing else is shadowed
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # listed, since dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def one_line(text: str) -> str:
+    return " ".join(text[:200].split())

@@ -1,21 +1,273 @@
-"""The small tokenizer of a model that is built from scratch: byte-level BPE, trained on the task's own texts.
+"""Between text and token ids: a checkpoint's tokenizer and chat template, or a small tokenizer of our own.
 
-Byte-level, so that every text can be encoded and decodes to itself; merges never cross words, so in the terse
-wordings each word ends up as one token. The library is Hugging Face's `tokenizers`, and the
-tokenizer.json that it saves loads in `transformers`.
+A prompt is either `raw`, the text itself, or `chat`, a user's message in the template that the checkpoint brings
+along, up to where the assistant begins to speak. The template is a program from a foreign file: it is rendered in
+jinja2's sandbox, with the environment that `transformers` gives it, to the same string.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
 
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-END = "<|endoftext|>"  # ends every completion; the only special token, always id 0
+END = "<|endoftext|>"  # of the small tokenizer: ends every completion; its only special token, always id 0
+
+# What belongs to the tokenizer in a checkpoint directory. A trained model is saved with copies of these.
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
+)
+
+
+class Codec:
+    """Prompts and completions as token ids, and back, in one prompt format."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_token_ids: tuple[int, ...],
+        *,
+        chat: ChatTemplate | None = None,
+        system: str = "",
+        files: dict[str, bytes] | None = None,
+    ):
+        """stop_token_ids end a completion, and the first of them ends a demonstration. `chat`: None is raw text."""
+        self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids
+        self.chat, self.system = chat, system
+        self.files = files if files is not None else files_of(tokenizer, stop_token_ids[0])
+        self.opening = ""  # what the prompt has already put into the assistant's mouth: "<think>\n", for some
+        if chat is not None:
+            probe = "user-speaks-here"
+            begun = self.render([{"role": "user", "content": probe}]).rpartition(probe)[2]
+            self.opening = begun[begun.find("<think>") :] if "<think>" in begun else ""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, prompt_format: str = "raw", system: str = "") -> Codec:
+        """Of a checkpoint directory. prompt_format: raw, chat, or auto (chat where there is a template).
+
+        Raises ValueError naming the file that is absent or wrong, or whose chat template is missing.
+        """
+        path = Path(path)
+        tokenizer = read_tokenizer(path / "tokenizer.json")
+        settings = read_settings(path / "tokenizer_config.json")
+        named = {key: as_text(value) for key, value in settings.items() if key.endswith("_token") and value}
+        stops = stop_tokens(path, tokenizer, named.get("eos_token"))
+        chat = None
+        if prompt_format != "raw":
+            chat = ChatTemplate.from_pretrained(path, settings, named)
+        if prompt_format == "chat" and chat is None:
+            raise ValueError(f"--prompt-format chat: {path} has no chat template; use raw, or an instruct model")
+        if chat is not None:  # the token that ends a turn ends a completion, and comes first
+            stops = tuple(dict.fromkeys([*chat.end_of_turn(tokenizer), *stops]))
+        elif system:
+            raise ValueError(f"--system {system!r}: needs --prompt-format chat")
+        if not stops:
+            raise ValueError(
+                f"{path}: no eos_token_id in generation_config.json or config.json; completions need an end"
+            )
+        known = read_settings(path / "config.json").get("vocab_size")
+        if isinstance(known, int) and tokenizer.get_vocab_size() > known:
+            raise ValueError(f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model knows {known}")
+        files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+        return cls(tokenizer, stops, chat=chat, system=system, files=files)
+
+    @classmethod
+    def trained_on(cls, texts: Iterable[str], vocab_size: int) -> Codec:
+        tokenizer = train_tokenizer(texts, vocab_size)
+        return cls(tokenizer, (tokenizer.token_to_id(END),))
+
+    def render(self, messages: list[dict]) -> str:
+        """The prompt after which the assistant answers these messages; raw: the last one's text."""
+        if self.chat is None:
+            return messages[-1]["content"]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.chat.render([*system, *messages], add_generation_prompt=True)
+
+    def encode(self, prompt: str) -> list[int]:
+        """A rendered prompt. Raw text begins as the tokenizer says (BOS or not); a template writes its own BOS."""
+        return self.tokenizer.encode(prompt, add_special_tokens=self.chat is None).ids
+
+    def encode_prompts(self, texts: Iterable[str]) -> list[list[int]]:
+        """Users' texts, each as the beginning of a sequence."""
+        rendered = [self.render([{"role": "user", "content": text}]) for text in texts]
+        return [
+            encoding.ids for encoding in self.tokenizer.encode_batch(rendered, add_special_tokens=self.chat is None)
+        ]
+
+    def encode_demonstrations(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """(User's text, demonstration) -> (prompt, completion that ends in a stop token), as token ids.
+
+        Both are encoded together, since some tokenizers put a space before any text that stands alone. Where a token
+        would straddle the border they are encoded apart: the prompt must be the one that samples get.
+        """
+        pairs = [(prompt, self._without_opening(demonstration)) for prompt, demonstration in pairs]
+        prompts = self.encode_prompts(prompt for prompt, _ in pairs)
+        joined = [self.render([{"role": "user", "content": prompt}]) + completion for prompt, completion in pairs]
+        together = self.tokenizer.encode_batch(joined, add_special_tokens=self.chat is None)
+        alone = self.tokenizer.encode_batch([completion for _, completion in pairs], add_special_tokens=False)
+        completions = [
+            whole.ids[len(prompt) :] if whole.ids[: len(prompt)] == prompt else part.ids
+            for prompt, whole, part in zip(prompts, together, alone, strict=True)
+        ]
+        return [(prompt, [*ids, self.stop_token_ids[0]]) for prompt, ids in zip(prompts, completions, strict=True)]
+
+    def _without_opening(self, demonstration: str) -> str:
+        opening, text = self.opening.strip(), demonstration.lstrip()
+        return text.removeprefix(opening).lstrip() if opening and text.startswith(opening) else demonstration
+
+    def decode(self, completions: list[list[int]]) -> list[str]:
+        """What the assistant said, special tokens aside, with what the prompt had already put into its mouth."""
+        texts = self.tokenizer.decode_batch(completions, skip_special_tokens=True)
+        return [self.opening + text for text in texts]
+
+    def save(self, path: Path) -> None:
+        """The tokenizer's files, as they came."""
+        for name, content in self.files.items():
+            (path / name).write_bytes(content)
+
+
+class ChatTemplate:
+    """A jinja2 program that turns messages into one string."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str], origin: Path):
+        self.special_tokens, self.origin = special_tokens, origin
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = to_json
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{origin}: the chat template is broken ({error})") from None
+
+    @classmethod
+    def from_pretrained(cls, path: Path, settings: dict, special_tokens: dict[str, str]) -> ChatTemplate | None:
+        """chat_template.jinja, or the entry (the `default` one of several) in tokenizer_config.json, or None."""
+        file = path / "chat_template.jinja"
+        if file.is_file():
+            return cls(file.read_text(encoding="utf-8"), special_tokens, file)
+        source = settings.get("chat_template")
+        if isinstance(source, list):
+            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+        return None if source is None else cls(source, special_tokens, path / "tokenizer_config.json")
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
+        """Raises ValueError naming the file whose template does not take these messages."""
+        given = self.special_tokens | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self.template.render(tools=None, documents=None, **given)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(f"{self.origin}: the chat template cannot be rendered ({error})") from None
+
+    def end_of_turn(self, tokenizer: Tokenizer) -> list[int]:
+        """The special token that follows what the assistant said, or nothing where there is none."""
+        probe = "assistant-speaks-here"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
+        after = self.render(messages, add_generation_prompt=False).rpartition(probe)[2]
+        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        return [i for i in tokenizer.encode(after, add_special_tokens=False).ids if i in special][:1]
+
+
+class GenerationBlock(Extension):
+    """{% generation %} ... {% endgeneration %} marks the assistant's words for training elsewhere; here it is text."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own convention)
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Unlike jinja2's own, without HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Raises ValueError where the file is absent or none."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights, in this format")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    tokenizer.no_padding()  # lengths and limits are ours to keep
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_settings(file: Path) -> dict:
+    """A JSON object; an absent file is an empty one."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"expected an object, got {type(settings).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON object ({error})") from None
+    return settings
+
+
+def as_text(token: str | dict) -> str:
+    """Some exports write a special token as an object."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def stop_tokens(path: Path, tokenizer: Tokenizer, end: str | None) -> tuple[int, ...]:
+    """What ends a completion: the tokenizer's own end first, then those of generation_config.json, else config.json."""
+    listed = read_settings(path / "generation_config.json").get("eos_token_id")
+    if listed is None:
+        listed = read_settings(path / "config.json").get("eos_token_id")
+    stops = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    own = tokenizer.token_to_id(end) if end else None
+    if own in stops or (own is not None and not stops):
+        stops = [own, *stops]
+    for stop in stops:
+        if type(stop) is not int or tokenizer.id_to_token(stop) is None:
+            raise ValueError(f"{path}: eos_token_id {stop!r} is not a token of tokenizer.json")
+    return tuple(dict.fromkeys(stops))
+
+
+def files_of(tokenizer: Tokenizer, end_token_id: int) -> dict[str, bytes]:
+    """The files of a tokenizer that did not come from any."""
+    # Without a class named, transformers guesses one from config.json, with another way to split digits.
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.id_to_token(end_token_id)}
+    written = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(named, indent=2) + "\n",
+    }
+    return {name: text.encode() for name, text in written.items()}
+
+
+# ----------------------------------------------------------------------------- a tokenizer from scratch
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn at most `vocab_size` tokens (256 bytes and the end token among them) from these texts."""
+    """Byte-level BPE: at most `vocab_size` tokens (256 bytes and the end token among them) from these texts.
+
+    Byte-level, so that every text can be encoded and decodes to itself; merges never cross words, so in the terse
+    wordings each word ends up as one token.
+    """
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END}), not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())

@@ -466,8 +466,87 @@ def test_natural_verifier(completion, outcome):
     assert grade.reward == float(grade.correct)
 
 
+def tagged(think, answer):
+    return f"<think>{think}</think>\n<answer>{answer}</answer>"
+
+
 @pytest.mark.parametrize(
-    "piece", ["so ", "so A b C\n", "CONCLUSION:", "*", "(1) Michael is a ", " ", "\n", "((((", "conclusion"]
+    ("completion", "reward"),
+    [
+        (tagged("\nAssume Zoey is a knight.\n", f"\n{NATURAL.answer}\n"), 3.0),
+        (tagged("", NATURAL.answer), 3.0),
+        ("Well, " + tagged("", NATURAL.answer) + " That is all.", 3.0),  # text around the tags is free, as in the paper
+        (tagged("CONCLUSION:\nCONCLUSION:", f"**{LINES[0].upper()}**\n\n{LINES[1]}.\n {LINES[2]}"), 3.0),
+        (tagged("", ALL_NATURAL[0]), -0.5),
+        (tagged(NATURAL.answer, ALL_NATURAL[-1]), -0.5),
+        (tagged("", ""), -1.0),
+        (tagged("", f"{LINES[0]}\n{LINES[1]}"), -1.0),
+        (tagged("", f"{NATURAL.answer}\n(4) Zoey is a knight"), -1.0),
+        (tagged("", f"CONCLUSION:\n{NATURAL.answer}"), -1.0),
+        (tagged(NATURAL.answer, "see above"), -1.0),
+        ("", -3.0),
+        (NATURAL.answer, -3.0),
+        (f"CONCLUSION:\n{NATURAL.answer}", -3.0),
+        (f"<answer>{NATURAL.answer}</answer>", -3.0),
+        (f"</think><answer>{NATURAL.answer}</answer>", -3.0),
+        (f"<think><answer>{NATURAL.answer}</answer></think>", -3.0),
+        (f"<answer>{NATURAL.answer}</answer><think></think>", -3.0),
+        (f"</think><think><answer>{NATURAL.answer}</answer>", -3.0),
+        (f"<think></think></answer>{NATURAL.answer}<answer>", -3.0),
+        (f"<think></think><answer>{NATURAL.answer}", -3.0),
+        (f"<Think></Think><Answer>{NATURAL.answer}</Answer>", -3.0),
+        (tagged("", NATURAL.answer) * 2, -3.0),
+        (tagged("<think>", NATURAL.answer), -3.0),
+        (tagged("", ALL_NATURAL[0]) + f"<answer>{NATURAL.answer}</answer>", -3.0),
+        (tagged("", f"{NATURAL.answer}</answer>"), -3.0),
+    ],
+    ids=ascii,
+)
+def test_logic_rl_verifier(completion, reward):
+    grade = kk.grade(completion, NATURAL, format="logic-rl")
+    assert grade.reward == reward
+    assert (grade.correct, grade.well_formed) == (reward == 3.0, reward in (3.0, -0.5))
+
+
+def test_the_caller_puts_in_front_what_the_prompt_had_opened():
+    completion = f"Zoey lies.</think><answer>{NATURAL.answer}</answer>"
+    assert kk.grade(completion, NATURAL, format="logic-rl").reward == -3.0
+    assert kk.grade("<think>" + completion, NATURAL, format="logic-rl").reward == 3.0
+
+
+def test_logic_rl_changes_the_format_and_nothing_else():
+    plain = load_task("knights-knaves", wording="natural", **SMALL)
+    task = load_task("knights-knaves", wording="natural", format="logic-rl", **SMALL)
+    for one, other in zip(plain.train + plain.test, task.train + task.test, strict=True):
+        assert one.answer == other.answer
+        assert one.prompt.rsplit("\n", 2)[0] == other.prompt.rsplit("\n", 2)[0]
+        assert all(tag in other.prompt for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+        reasoning = one.demonstration.removesuffix(f"\nCONCLUSION:\n{one.answer}")
+        assert other.demonstration == tagged(f"\n{reasoning}\n", f"\n{other.answer}\n")
+        assert task.grade(other.demonstration, other).reward == 3.0
+        assert task.grade(one.demonstration, other).reward == -3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"format": "xml", "wording": "natural"}, "format must be 'conclusion' or 'logic-rl', got 'xml'"),
+        ({"format": 3}, "format must be 'conclusion' or 'logic-rl', got 3"),
+        ({"format": "logic-rl"}, "format 'logic-rl' needs wording 'natural'"),
+    ],
+    ids=str,
+)
+def test_a_bad_format_is_one_clear_line(options, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        load_task("knights-knaves", **options)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=reason):
+        kk.grade("", TERSE, format=options["format"])
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["so ", "so A b C\n", "CONCLUSION:", "*", "(1) Michael is a ", " ", "\n", "((((", "conclusion", "<think>", "<"],
 )
 @pytest.mark.parametrize("example", [TERSE, NATURAL], ids=["terse", "natural"])
 def test_a_huge_completion_is_graded_in_linear_time(piece, example):
@@ -475,19 +554,36 @@ def test_a_huge_completion_is_graded_in_linear_time(piece, example):
     started = time.perf_counter()
     assert not kk.grade(text, example).correct
     assert not kk.grade("CONCLUSION:\n(1) " + text, example).correct
+    assert not kk.grade(tagged(text, text), NATURAL, format="logic-rl").correct
     assert time.perf_counter() - started < 5
 
 
 FRAGMENTS = st.lists(
     st.sampled_from(
-        ["so ", "so A b C", "A", "b", "C", " ", "\n", "yes", "CONCLUSION:", NATURAL.answer, *LINES, "**", ".", "\x00"]
+        [
+            "so ",
+            "so A b C",
+            "A",
+            "b",
+            "C",
+            " ",
+            "\n",
+            "yes",
+            "CONCLUSION:",
+            NATURAL.answer,
+            *LINES,
+            *kk.TAGS,
+            "**",
+            ".",
+            "\x00",
+        ]
     ),
     max_size=8,
 ).map("".join)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(st.text(), FRAGMENTS))
+@given(st.one_of(st.text(), FRAGMENTS, st.builds(tagged, st.text() | FRAGMENTS, FRAGMENTS)))
 def test_no_text_raises_and_only_the_exact_answer_is_correct(text):
     """The oracle is a second definition: strip what is tolerated, and compare with the one text that is right."""
     terse, natural = kk.grade(text, TERSE), kk.grade(text, NATURAL)
@@ -503,6 +599,12 @@ def test_no_text_raises_and_only_the_exact_answer_is_correct(text):
         }
     if text.endswith("CONCLUSION:\n" + NATURAL.answer) and plain.count("conclusion:") == 1:
         assert natural.correct
+    found = re.fullmatch(r"(.*)<think>(.*)</think>(.*)<answer>(.*)</answer>(.*)", text, re.DOTALL)
+    well_tagged = found is not None and not any(re.search("</?(think|answer)>", part) for part in found.groups())
+    conclusion = kk.grade(f"CONCLUSION:\n{found[4]}", NATURAL) if well_tagged else None
+    reward = -3.0 if conclusion is None else 3.0 if conclusion.correct else -0.5 if conclusion.well_formed else -1.0
+    if not (well_tagged and "conclusion:" in plain):
+        assert kk.grade(text, NATURAL, format="logic-rl").reward == reward
 
 
 @pytest.mark.parametrize("answer", ["(1) nonsense", "(", "A B B", "knight"])
@@ -597,6 +699,9 @@ def test_published_records_load_and_their_demonstrations_are_correct(people):
     train, test = task.train, task.test
     assert (len(train), len(test)) == (900, 100)
     assert all(kk.grade(example.demonstration, example).correct for example in train + test)
+    retold = load_task("knights-knaves", folder, format="logic-rl")
+    rewards = {retold.grade(example.demonstration, example).reward for example in retold.train + retold.test}
+    assert rewards == {3.0}
     # Statements as published are statements here: same tuples, same truth, same words.
     for line, example in zip((folder / "test.jsonl").read_text().splitlines(), test, strict=True):
         published = json.loads(line)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from test_model import randomise
+from tokenizers import Tokenizer
 
 import rollout
 from data.tokenizer import train_tokenizer
@@ -622,7 +623,7 @@ def test_the_command_line_prints_the_completions(checkpoint):
         *("--temperature", "0", "--device", "cpu"),
     )
     assert done.returncode == 0, done.stderr
-    tokenizer = rollout.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     expected = generate(
         Transformer.from_pretrained(checkpoint), [tokenizer.encode("the cat").ids], greedy(6, (0,))
     ).completions[0]

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 import run
 import sasr
+from data.tokenizer import Codec
 from model import Transformer
 from run import RunFolder
 
@@ -92,7 +93,8 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     for record in records:
         wanted = everywhere | (adaptive if record["phase"] == "adaptive" else set())
         wanted |= grpo if record["kind"] == "grpo" else set()
-        wanted |= {"eval/accuracy", "eval/accuracy_ood"} if record["step"] in (4, 8, 12, 14) else set()
+        if record["step"] in (4, 8, 12, 14):
+            wanted |= {f"eval/accuracy{part}{domain}" for part in ("", "_low", "_high") for domain in ("", "_ood")}
         wanted |= {"eval/kl"} if record["step"] in (8, 12, 14) else set()  # the reference is the model of step 4
         assert set(record) == wanted
     assert {r["kind"] for r in records if r["phase"] == "adaptive"} == {"sft", "grpo"}
@@ -113,12 +115,12 @@ def test_transformers_reads_the_saved_model_and_its_tokenizer_as_we_do(tmp_path)
 
     task = {"task": "countdown:train_size=60,test_size=16", "ood_task": "none"}  # digits: where splitting rules differ
     sasr.train(config(tmp_path / "x", steps=0, **task))
-    ours, tokenizer, stops = sasr.load_pretrained(tmp_path / "x/model")
+    ours, codec = Transformer.from_pretrained(tmp_path / "x/model"), Codec.from_pretrained(tmp_path / "x/model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x/model")
     auto = AutoTokenizer.from_pretrained(tmp_path / "x/model")
-    assert (auto.eos_token_id,) == stops
+    assert (auto.eos_token_id,) == codec.stop_token_ids
     for text in ("numbers 50 98 3 target 51\n", "98 - 50 = 48, 48 + 3 = 51 yes\n<answer> (98 - 50) + 3 </answer>"):
-        ids = tokenizer.encode(text).ids
+        ids = codec.encode(text)
         assert auto(text)["input_ids"] == ids
         assert auto.decode(ids) == text
         logits = ours.logits(ours(torch.tensor([ids])))
@@ -388,8 +390,8 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path):
         (["--group-size", "0"], "--group-size 0: must be 1 or more"),
         (["--task", "sudoku"], "unknown task 'sudoku'"),
         (["--task", "knights-knaves:people=1"], "people"),
-        (["--data", "no/such/folder"], "no/such/folder/train.jsonl: no such file"),
-        (["--model", "no/such/model"], "no/such/model/config.json: no such file"),
+        (["--data", "no/such/folder"], "no/such/folder: neither train.jsonl nor test.jsonl (or .json)"),
+        (["--model", "no/such/model"], "--model no/such/model: no such directory"),
         (["--resume", "no/such/run"], "no/such/run/config.json: no such file"),
         (["--device", "abacus"], "--device abacus: not available here"),
         (["--device", "meta"], "--device meta: not available here"),

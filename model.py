@@ -459,7 +459,8 @@ class Transformer(nn.Module):
             if tensor.shape != expected[name]:
                 found, wanted = list(tensor.shape), list(expected[name])
                 raise ValueError(f"{file}: tensor {name} has shape {found}, but config.json asks for {wanted}")
-            stored = tensor.dtype
+            if name == "model.embed_tokens.weight":  # some exports keep their norms in another type
+                stored = tensor.dtype
             tensor = tensor.to(device, dtype)
             if name in state and not torch.equal(state[name], tensor):  # a tied model's two, in either order
                 raise ValueError(f"{file}: lm_head.weight differs from the embedding that it should be tied to")
@@ -495,9 +496,10 @@ def resolve_checkpoint(name: str) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what a network may raise depends on the version of two libraries
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ValueError(
-            f"--model {name}: no such directory, and the hub's model is not to be had ({str(error).splitlines()[0]})"
+            f"--model {name}: no such directory, and the hub's model is not to be had ({reason})"
         ) from None
 
 

@@ -411,6 +411,8 @@ def converse(model: Transformer, codec: Codec, params: SamplingParams, generator
     print("type a message; Ctrl-D ends", file=sys.stderr)
     messages = []
     for line in iter(lambda: read_line("> "), None):
+        if not line:
+            continue
         messages.append({"role": "user", "content": line})
         (said,) = answer(model, codec, messages, params, generator, 1)
         messages.append({"role": "assistant", "content": said})
@@ -432,8 +434,9 @@ def answer(
     def stream(completions: list[list[int]]) -> None:
         nonlocal shown
         text = codec.decode(completions)[0].rstrip("\ufffd")  # a character's last bytes may still be on their way
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
+        if len(text) > len(shown):  # less, while bytes that began a character spoil those before them
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
 
     prompt = codec.encode(codec.render(messages))
     if samples == 1:

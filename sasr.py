@@ -759,7 +759,8 @@ class State:
     norm_step: int = 0  # when the controller last saw an SFT gradient norm
     seconds: dict = field(default_factory=lambda: {"warmup": 0.0, "sft": 0.0, "grpo": 0.0, "eval": 0.0})
     accuracy: dict = field(default_factory=dict)  # accuracy_before, _warmup, _final, and each with _ood
-    shown: dict = field(default_factory=dict)  # the last reward and accuracy, for the progress line
+    scores: dict = field(default_factory=dict)  # of the last evaluation
+    reward: float | None = None  # mean of the last rollout
 
 
 # What a GRPO step measures while it updates; null where it did not.
@@ -839,7 +840,7 @@ class Trainer:
             "completion_length": tokens / len(rollout.completions),
             "truncated_fraction": 1 - sum(rollout.finished) / len(rollout.finished),
         } | dict.fromkeys(UPDATE_STATISTICS)
-        self.state.shown["reward"] = record["reward_mean"]
+        self.state.reward = record["reward_mean"]
         if not advantages.any():  # no group has a signal: a step would be Adam's momentum and nothing else
             return record
         # Without a KL term a completion of advantage 0 has no gradient. It is left out of the update (and of the means
@@ -930,10 +931,10 @@ class Trainer:
             of_ood, _ = self._examine(self.ood_task, "ood")
             scores |= {f"{key}_ood": value for key, value in of_ood.items()}
         if self.reference is not None:
-            asked = zip(self.task.eval_prompts, greedy, strict=False)
-            prompts, completions = zip(*((prompt, answer) for prompt, answer in asked if answer), strict=True)
+            asked = [i for i, answer in enumerate(greedy) if answer]  # a prompt that does not fit has none
+            batch = Batch([self.task.eval_prompts[i] for i in asked], [greedy[i] for i in asked])
             with self._reference_at_hand() as reference:
-                scores["kl"] = divergence(self.model, reference, Batch(list(prompts), list(completions)), self.config)
+                scores["kl"] = divergence(self.model, reference, batch, self.config)
         return scores
 
     def _examine(self, tokenized: TokenizedTask, split: str) -> tuple[dict[str, float], list[list[int]]]:
@@ -951,7 +952,7 @@ class Trainer:
             texts = self.codec.decode(completions)
             grades.append([tokenized.source.grade(text, example) for text in texts])
             for sample, (text, grade) in enumerate(zip(texts, grades[-1], strict=True)):
-                where = {"split": split, "index": index, "sample": sample or "greedy"}
+                where = {"split": split, "index": index, "sample": sample}
                 asked = {"prompt": example.prompt, "answer": example.answer, "completion": text}
                 self.answers.append(where | asked | dataclasses.asdict(grade))
         scores = scores_of(examples, [of[0] for of in grades], [of[1:] for of in grades], config.seed)
@@ -1015,7 +1016,7 @@ class Trainer:
             started = time.perf_counter()
             scores = self.evaluate()
             state.seconds["eval"] += time.perf_counter() - started
-            state.shown |= {"accuracy": scores["accuracy"]} if scores else {}
+            state.scores = scores
         for name, at in (("before", 0), ("warmup", config.warmup_steps), ("final", total_steps(config))):
             if state.step == at:
                 found = {key: scores[key] for key in ("accuracy", "accuracy_ood") if key in scores}
@@ -1113,8 +1114,7 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
     progress.say(headline(trainer, folder.path))
     with Interrupt() as interrupt, progress:
         folder.rewind_metrics(checkpoint[1]["metrics_bytes"] if checkpoint else 0)
-        if not checkpoint:
-            trainer.between_steps()
+        if not checkpoint and trainer.between_steps():
             folder.write_jsonl("samples.jsonl", trainer.answers)
         while state.step < total_steps(config):
             started = time.perf_counter()
@@ -1142,6 +1142,7 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
         "sft_steps": state.sft_steps,
         "grpo_steps": state.grpo_steps,
         "g_warmup": trainer.controller.g_warmup,
+        "scores": state.scores,
         "seconds": sum(state.seconds.values()),
         **{f"seconds_{kind}": value for kind, value in state.seconds.items()},
         "out": str(folder.path),
@@ -1300,8 +1301,8 @@ def progress_line(config: Config, state: State, record: dict) -> str:
     parts = [f"{state.step}/{total_steps(config)} {record['kind']:4}"]
     parts += [f"p_sft {record['p_sft']:.2f}"] if "p_sft" in record else ["warm-up"]
     parts += [f"loss {record['loss']:.3f}"]
-    parts += [f"reward {state.shown['reward']:.2f}"] if "reward" in state.shown else []
-    parts += [f"accuracy {state.shown['accuracy']:.1%}"] if "accuracy" in state.shown else []
+    parts += [f"reward {state.reward:.2f}"] if state.reward is not None else []
+    parts += [f"accuracy {state.scores['accuracy']:.1%}"] if state.scores else []
     return " ".join([*parts, f"left {clock(seconds_left(config, state))}"])
 
 
@@ -1320,7 +1321,20 @@ def closing_table(summary: dict) -> str:
     lines.append(f"{'steps':24}" + "".join(f"{n:10}" for n in steps) + f"{'':10}{sum(steps):10}")
     seconds = [summary[f"seconds_{kind}"] for kind in ("warmup", "sft", "grpo", "eval")]
     lines.append(f"{'seconds':24}" + "".join(f"{s:10.1f}" for s in [*seconds, summary["seconds"]]))
-    return "\n".join([*lines, "", f"written to {summary['out']}"])
+    return "\n".join([*lines, "", *score_table(summary["scores"], "final evaluation"), f"written to {summary['out']}"])
+
+
+def score_table(scores: dict[str, float], title: str) -> list[str]:
+    """A line a score, its interval behind it."""
+    lines = [f"{title:40}{'share':>8}   95% interval"] if scores else []
+    for name, value in scores.items():
+        base, ood = (name.removesuffix("_ood"), "_ood") if name.endswith("_ood") else (name, "")
+        if base.endswith(("_low", "_high")):
+            continue
+        low, high = scores.get(f"{base}_low{ood}"), scores.get(f"{base}_high{ood}")
+        interval = "" if low is None else f"   {low:.1%} to {high:.1%}"
+        lines.append(f"{name:40}" + (f"{value:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"))
+    return [*lines, ""] if lines else []
 
 
 # ============================================================================= command line
@@ -1339,7 +1353,8 @@ GROUPS = {  # the first field of each group of flags in --help
 
 # What a resumed run may change without making the steps already taken untrue.
 RESUMABLE = (
-    *("steps", "decay_fraction", "lr_schedule", "eval_every", "eval_examples", "save_every", "out", "device"),
+    *("steps", "decay_fraction", "lr_schedule", "save_every", "save_dtype", "out", "device"),
+    *("eval_every", "eval_examples", "eval_split", "eval_samples", "eval_temperature"),
     *("rollout_memory", "offload_reference", "compile"),
 )
 
@@ -1399,6 +1414,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Only what the person said: fields of Config that were not named are absent."""
     parser = argparse.ArgumentParser(
         prog="sasr.py",
+        usage="python sasr.py [--preset NAME | --resume RUN] [--FLAG VALUE ...], flags as below",
         description="Warm a language model up with SFT, then let its gradient norm decide between SFT and GRPO.",
         epilog="With no flag at all it trains a small model on generated puzzles, on a GPU or a CPU, in minutes.",
         argument_default=argparse.SUPPRESS,
@@ -1473,20 +1489,7 @@ def evaluate_only(config: Config) -> str:
     folder.write_json("summary.json", scores | {"task": config.task, "model": config.model, "seed": config.seed})
     examples = trainer.task.evaluated[: config.eval_examples]
     title = f"{config.task}, {len(examples)} {config.eval_split} examples"
-    return "\n".join([f"{title:40}{'share':>8}   95% interval", *score_lines(scores), "", f"written to {folder.path}"])
-
-
-def score_lines(scores: dict[str, float]) -> list[str]:
-    """A line a score, its interval behind it."""
-    lines = []
-    for name, value in scores.items():
-        base, ood = (name.removesuffix("_ood"), "_ood") if name.endswith("_ood") else (name, "")
-        if base.endswith(("_low", "_high")):
-            continue
-        low, high = scores.get(f"{base}_low{ood}"), scores.get(f"{base}_high{ood}")
-        interval = "" if low is None else f"   {low:.1%} to {high:.1%}"
-        lines.append(f"{name:40}" + (f"{value:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"))
-    return lines
+    return "\n".join([*score_table(scores, title), f"written to {folder.path}"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,11 +25,12 @@ step() { # NAME SECONDS COMMAND...: run, show, keep the output
   }
 }
 
-step tests 120 "$python" -m pytest -m gpu -q
-step kernels 150 "$python" benchmarks/kernels.py
+step tests 110 "$python" -m pytest -m gpu -q
+step kernels 130 "$python" benchmarks/kernels.py
 step tune 50 "$python" benchmarks/kernels.py --tune --features 896
-step rollout 120 "$python" benchmarks/rollout.py --shapes 0.5b --repeats 1
-step step 90 "$python" benchmarks/step.py --shapes 0.5b --steps 3
+step rollout 110 "$python" benchmarks/rollout.py --shapes 0.5b --repeats 1
+step step 80 "$python" benchmarks/step.py --shapes 0.5b --steps 3
+step memory 90 "$python" benchmarks/memory.py --shapes 0.5b
 
 "$python" - "$logs" <<'PYTHON' || failed=1
 """Gather the last line of each log: pytest's closing line, and the JSON line of each benchmark."""

@@ -45,6 +45,7 @@ PROMPTS, GROUP = 8, 8
 TASKS = {  # prompts of 16 to 20 tokens; of about 100
     "small": {"task": "knights-knaves", "warmup_steps": 100},
     "0.5b": {"task": "knights-knaves:people=8,width=3,train_size=64,test_size=8", "vocab_size": 257},
+    "1.5b": {"task": "knights-knaves:people=8,width=3,train_size=64,test_size=8", "vocab_size": 257},
 }
 ENGINES = ("this project", "TRL")
 PHASES = ("rollout", "rewards", "log-probs", "update")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import countdown, gsm8k, jsonl, knights_knaves
+from . import competition_math, countdown, gsm8k, jsonl, knights_knaves
 from .task import Example, Grade, Task, load_reward, read_split
 
 __all__ = ["TASKS", "Example", "Grade", "Task", "load_reward", "load_task"]
@@ -15,7 +15,13 @@ __all__ = ["TASKS", "Example", "Grade", "Task", "load_reward", "load_task"]
 # A task is a module with grade(completion, example, **options); with generate(seed, **options) -> (train, test),
 # if its problems can be made up; with parse_record(record, **options) -> Example, for the published ones; and with
 # PUBLISHED, which says where those are to be had.
-TASKS = {"knights-knaves": knights_knaves, "countdown": countdown, "gsm8k": gsm8k, "jsonl": jsonl}
+TASKS = {
+    "knights-knaves": knights_knaves,
+    "countdown": countdown,
+    "gsm8k": gsm8k,
+    "math": competition_math,
+    "jsonl": jsonl,
+}
 
 
 def load_task(

@@ -24,6 +24,8 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
+# What a chat template may call by its name.
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Codec:
@@ -45,8 +47,9 @@ class Codec:
         self.opening = ""  # what the prompt has already put into the assistant's mouth: "<think>\n", for some
         if chat is not None:
             probe = "user-speaks-here"
-            begun = self.render([{"role": "user", "content": probe}]).rpartition(probe)[2]
-            self.opening = begun[begun.find("<think>") :] if "<think>" in begun else ""
+            before, thought, after = self.render([{"role": "user", "content": probe}]).rpartition("<think>")
+            if thought and probe in before and not special_tokens_in(after, tokenizer):  # not of an earlier turn
+                self.opening = thought + after
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, prompt_format: str = "raw", system: str = "") -> Codec:
@@ -56,12 +59,11 @@ class Codec:
         """
         path = Path(path)
         tokenizer = read_tokenizer(path / "tokenizer.json")
-        settings = read_settings(path / "tokenizer_config.json")
-        named = {key: as_text(value) for key, value in settings.items() if key.endswith("_token") and value}
-        stops = stop_tokens(path, tokenizer, named.get("eos_token"))
+        named = named_tokens(path)
+        listed = stops = stop_tokens(path, tokenizer, named.get("eos_token"))
         chat = None
         if prompt_format != "raw":
-            chat = ChatTemplate.from_pretrained(path, settings, named)
+            chat = ChatTemplate.from_pretrained(path, named)
         if prompt_format == "chat" and chat is None:
             raise ValueError(f"--prompt-format chat: {path} has no chat template; use raw, or an instruct model")
         if chat is not None:  # the token that ends a turn ends a completion, and comes first
@@ -73,9 +75,13 @@ class Codec:
                 f"{path}: no eos_token_id in generation_config.json or config.json; completions need an end"
             )
         known = read_settings(path / "config.json").get("vocab_size")
-        if isinstance(known, int) and tokenizer.get_vocab_size() > known:
-            raise ValueError(f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model knows {known}")
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        if isinstance(known, int) and size > known:
+            raise ValueError(f"{path}: tokenizer.json has {size} tokens, the model knows {known}")
         files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+        if len(stops) > len(listed):  # a base model's list may lack the end of a turn; others must stop there too
+            generation = read_settings(path / "generation_config.json") | {"eos_token_id": list(stops)}
+            files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
         return cls(tokenizer, stops, chat=chat, system=system, files=files)
 
     @classmethod
@@ -104,19 +110,25 @@ class Codec:
     def encode_demonstrations(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """(User's text, demonstration) -> (prompt, completion that ends in a stop token), as token ids.
 
-        Both are encoded together, since some tokenizers put a space before any text that stands alone. Where a token
-        would straddle the border they are encoded apart: the prompt must be the one that samples get.
+        Both are encoded together, as one text. Where a token would straddle the border they are encoded apart: the
+        prompt must be the one that samples get.
         """
         pairs = [(prompt, self._without_opening(demonstration)) for prompt, demonstration in pairs]
         prompts = self.encode_prompts(prompt for prompt, _ in pairs)
         joined = [self.render([{"role": "user", "content": prompt}]) + completion for prompt, completion in pairs]
         together = self.tokenizer.encode_batch(joined, add_special_tokens=self.chat is None)
-        alone = self.tokenizer.encode_batch([completion for _, completion in pairs], add_special_tokens=False)
         completions = [
-            whole.ids[len(prompt) :] if whole.ids[: len(prompt)] == prompt else part.ids
-            for prompt, whole, part in zip(prompts, together, alone, strict=True)
+            whole.ids[len(prompt) :] if whole.ids[: len(prompt)] == prompt else self._encode_apart(completion)
+            for prompt, whole, (_, completion) in zip(prompts, together, pairs, strict=True)
         ]
         return [(prompt, [*ids, self.stop_token_ids[0]]) for prompt, ids in zip(prompts, completions, strict=True)]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """Encoded behind a newline that is then taken away: some tokenizers put a space before what comes first."""
+        newline, ids = (self.tokenizer.encode(begun, add_special_tokens=False).ids for begun in ("\n", "\n" + text))
+        if ids[: len(newline)] == newline:
+            return ids[len(newline) :]
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _without_opening(self, demonstration: str) -> str:
         opening, text = self.opening.strip(), demonstration.lstrip()
@@ -146,34 +158,44 @@ class ChatTemplate:
         try:
             self.template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"{origin}: the chat template is broken ({error})") from None
+            raise ValueError(f"{origin}: the chat template is broken ({one_line(error)})") from None
 
     @classmethod
-    def from_pretrained(cls, path: Path, settings: dict, special_tokens: dict[str, str]) -> ChatTemplate | None:
+    def from_pretrained(cls, path: Path, special_tokens: dict[str, str]) -> ChatTemplate | None:
         """chat_template.jinja, or the entry (the `default` one of several) in tokenizer_config.json, or None."""
         file = path / "chat_template.jinja"
-        if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), special_tokens, file)
-        source = settings.get("chat_template")
-        if isinstance(source, list):
-            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-        return None if source is None else cls(source, special_tokens, path / "tokenizer_config.json")
+        try:
+            if file.is_file():
+                return cls(file.read_text(encoding="utf-8"), special_tokens, file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 ({error})") from None
+        file = path / "tokenizer_config.json"
+        source = read_settings(file).get("chat_template")
+        try:
+            if isinstance(source, list):
+                source = {entry["name"]: entry["template"] for entry in source}
+            if isinstance(source, dict):
+                source = source.get("default")
+            if not isinstance(source, str | None):
+                raise TypeError
+        except (TypeError, KeyError):
+            raise ValueError(f"{file}: chat_template must be a text, or a list of named ones") from None
+        return None if source is None else cls(source, special_tokens, file)
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
         """Raises ValueError naming the file whose template does not take these messages."""
         given = self.special_tokens | {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self.template.render(tools=None, documents=None, **given)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise ValueError(f"{self.origin}: the chat template cannot be rendered ({error})") from None
+        except Exception as error:  # a program may fail in any way
+            raise ValueError(f"{self.origin}: the chat template cannot be rendered ({one_line(error)})") from None
 
     def end_of_turn(self, tokenizer: Tokenizer) -> list[int]:
         """The special token that follows what the assistant said, or nothing where there is none."""
         probe = "assistant-speaks-here"
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
         after = self.render(messages, add_generation_prompt=False).rpartition(probe)[2]
-        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        return [i for i in tokenizer.encode(after, add_special_tokens=False).ids if i in special][:1]
+        return special_tokens_in(after, tokenizer)[:1]
 
 
 class GenerationBlock(Extension):
@@ -182,8 +204,9 @@ class GenerationBlock(Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2's own convention)
 
     def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)  # as elsewhere, what is set inside is not seen outside
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
@@ -228,23 +251,47 @@ def read_settings(file: Path) -> dict:
     return settings
 
 
-def as_text(token: str | dict) -> str:
-    """Some exports write a special token as an object."""
-    return token["content"] if isinstance(token, dict) else token
+def named_tokens(path: Path) -> dict[str, str]:
+    """The texts of `eos_token` and the like, of tokenizer_config.json and, in older exports, a file of their own."""
+    settings = {"tokenizer_config.json": read_settings(path / "tokenizer_config.json")}
+    if "added_tokens_decoder" not in settings["tokenizer_config.json"]:
+        settings["special_tokens_map.json"] = read_settings(path / "special_tokens_map.json")
+    named = {}
+    for file, content in settings.items():
+        for name in SPECIAL_TOKENS:
+            token = content.get(name)
+            if isinstance(token, dict):
+                token = token.get("content", token)
+            if not isinstance(token, str | None):
+                raise ValueError(f"{path / file}: {name} must be a text, got {token!r}")
+            if token:
+                named[name] = token
+    return named
+
+
+def special_tokens_in(text: str, tokenizer: Tokenizer) -> list[int]:
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return [i for i in tokenizer.encode(text, add_special_tokens=False).ids if i in special]
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def stop_tokens(path: Path, tokenizer: Tokenizer, end: str | None) -> tuple[int, ...]:
     """What ends a completion: the tokenizer's own end first, then those of generation_config.json, else config.json."""
-    listed = read_settings(path / "generation_config.json").get("eos_token_id")
-    if listed is None:
-        listed = read_settings(path / "config.json").get("eos_token_id")
+    file = path / "generation_config.json"
+    if read_settings(file).get("eos_token_id") is None:
+        file = path / "config.json"
+    listed = read_settings(file).get("eos_token_id")
     stops = [] if listed is None else listed if isinstance(listed, list) else [listed]
     own = tokenizer.token_to_id(end) if end else None
     if own in stops or (own is not None and not stops):
         stops = [own, *stops]
+    known = set(tokenizer.get_vocab().values())
     for stop in stops:
-        if type(stop) is not int or tokenizer.id_to_token(stop) is None:
-            raise ValueError(f"{path}: eos_token_id {stop!r} is not a token of tokenizer.json")
+        if type(stop) is not int or stop not in known:
+            raise ValueError(f"{file}: eos_token_id {stop!r} is not a token of tokenizer.json")
     return tuple(dict.fromkeys(stops))
 
 

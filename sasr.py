@@ -1414,7 +1414,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Only what the person said: fields of Config that were not named are absent."""
     parser = argparse.ArgumentParser(
         prog="sasr.py",
-        usage="python sasr.py [--preset NAME | --resume RUN] [--FLAG VALUE ...], flags as below",
+        usage="python sasr.py [--preset NAME | --resume RUN] [--FLAG VALUE ...]     (--help explains the flags)",
         description="Warm a language model up with SFT, then let its gradient norm decide between SFT and GRPO.",
         epilog="With no flag at all it trains a small model on generated puzzles, on a GPU or a CPU, in minutes.",
         argument_default=argparse.SUPPRESS,

@@ -58,13 +58,15 @@ class TokenizedTask:
         if prompts and not kept:
             raise ValueError(
                 f"task {task.name}: all {len(prompts)} training prompts are too long (the shortest has "
-                f"{min(map(len, prompts))} tokens, {max(longest_prompt, 0)} fit beside {self.max_new_tokens} new); "
+                f"{min(map(len, prompts))} tokens, {max(longest_prompt, 0)} are allowed beside {self.max_new_tokens} new); "
                 "raise --max-prompt-tokens or lower --max-new-tokens"
             )
         if shown and not self.demonstrations:
+            prompt, completion = min(shown, key=lambda pair: len(pair[1]))
             raise ValueError(
-                f"task {task.name}: all {len(shown)} demonstrations are too long (the shortest has "
-                f"{min(len(completion) for _, completion in shown)} tokens); raise --max-demonstration-tokens"
+                f"task {task.name}: all {len(shown)} demonstrations or their prompts are too long (the shortest has "
+                f"{len(completion)} tokens, after a prompt of {len(prompt)}); raise --max-demonstration-tokens or "
+                "--max-prompt-tokens"
             )
         eval_prompts = codec.encode_prompts(e.prompt for e in self.evaluated)
         self.eval_prompts = [prompt if len(prompt) <= longest_prompt else None for prompt in eval_prompts]

@@ -124,11 +124,11 @@ class Codec:
         return [(prompt, [*ids, self.stop_token_ids[0]]) for prompt, ids in zip(prompts, completions, strict=True)]
 
     def _encode_apart(self, text: str) -> list[int]:
-        """Encoded behind a newline that is then taken away: some tokenizers put a space before what comes first."""
-        newline, ids = (self.tokenizer.encode(begun, add_special_tokens=False).ids for begun in ("\n", "\n" + text))
-        if ids[: len(newline)] == newline:
-            return ids[len(newline) :]
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Behind a NUL, which no token shares with another character and which is then taken away: some tokenizers
+        put a space before what comes first.
+        """
+        mark, ids, alone = (self.tokenizer.encode(t, add_special_tokens=False).ids for t in ("\0", "\0" + text, text))
+        return ids[len(mark) :] if ids[: len(mark)] == mark else alone
 
     def _without_opening(self, demonstration: str) -> str:
         opening, text = self.opening.strip(), demonstration.lstrip()

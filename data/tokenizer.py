@@ -97,7 +97,11 @@ class Codec:
         return self.chat.render([*system, *messages], add_generation_prompt=True)
 
     def encode(self, prompt: str) -> list[int]:
-        """A rendered prompt. Raw text begins as the tokenizer says (BOS or not); a template writes its own BOS."""
+        """A rendered prompt. Raw text begins as the tokenizer says (BOS or not); a template writes its own BOS.
+
+        Raises ValueError for half a surrogate pair, as a terminal makes of bytes that are no text.
+        """
+        prompt.encode()
         return self.tokenizer.encode(prompt, add_special_tokens=self.chat is None).ids
 
     def encode_prompts(self, texts: Iterable[str]) -> list[list[int]]:

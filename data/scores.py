@@ -31,8 +31,10 @@ def scores_of(examples: list[Example], greedy: list[Grade], sampled: list[list[G
 
     `accuracy`, with `accuracy_low` and `accuracy_high`; `accuracy_flexible`, where the task has a looser reading;
     `accuracy/GROUP`, where examples are of more than one level or size; `pass@k` for k = 1, 2, 4, ..., with its
-    interval.
+    interval. Of no examples there are no scores.
     """
+    if not examples:
+        return {}
     correct = [float(grade.correct) for grade in greedy]
     scores = with_interval("accuracy", correct, seed)
     if any(grade.flexible is not None for grade in greedy):

@@ -58,7 +58,7 @@ class TokenizedTask:
         if prompts and not kept:
             raise ValueError(
                 f"task {task.name}: all {len(prompts)} training prompts are too long (the shortest has "
-                f"{min(map(len, prompts))} tokens, {max(longest_prompt, 0)} are allowed beside {self.max_new_tokens} new); "
+                f"{min(map(len, prompts))} tokens, {max(longest_prompt, 0)} allowed beside {self.max_new_tokens} new); "
                 "raise --max-prompt-tokens or lower --max-new-tokens"
             )
         if shown and not self.demonstrations:

@@ -483,10 +483,11 @@ class Transformer(nn.Module):
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def resolve_checkpoint(name: str) -> Path:
+def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """The directory of a checkpoint: `name` itself, or the snapshot of a model on the Hugging Face hub.
 
-    The hub's files are downloaded once and then found in its cache, with or without a network. Raises ValueError
+    The hub's files (the weights among them, or not) are downloaded once and then found in its cache, with or without a
+    network. Raises ValueError
     where there is no such directory and no such model, or where neither network nor cache has it.
     """
     if Path(name).is_dir():
@@ -494,7 +495,7 @@ def resolve_checkpoint(name: str) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ValueError(f"--model {name}: no such directory, and not the id of a model on the hub (OWNER/NAME)")
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+        patterns = ["*.json", "*.jinja", "tokenizer.model", *["*.safetensors"] * weights]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # what a network may raise depends on the version of two libraries
         reason = " ".join(str(error).split())[:400] or type(error).__name__

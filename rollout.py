@@ -21,6 +21,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,6 +105,7 @@ def draw(logits: Tensor, noise: Tensor, params: SamplingParams) -> tuple[Tensor,
     else:
         cumulative = logprobs.exp().cumsum_(-1)  # [B, V]
         tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:]).squeeze(-1)
+        tokens = tokens.clamp_(max=logits.shape[1] - 1)  # NaN has no place among the sums; its log-prob tells
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
@@ -281,10 +283,10 @@ def generate(
     """Draw `group_size` completions of each prompt (token ids, of any lengths).
 
     The cache takes at most `memory_limit` bytes (0: four fifths of what is free): rows that do not fit are written in
-    further waves, with the same result. `samplers` keeps buffers and CUDA graphs for the next call of the same size:
-    pass the same dict again. `watch` is called at every token with the completions of the wave so far, for a reader
-    who does not want to wait. Raises ValueError naming the prompt that is empty, or too long for the model's context,
-    and where not even one row fits the limit.
+    further waves, with the same result; so they are if memory runs out all the same. `samplers` keeps buffers and CUDA
+    graphs for the next call of the same size: pass the same dict again. `watch` is called at every token with the
+    completions of the wave so far, for a reader who does not want to wait. Raises ValueError naming the prompt that is
+    empty, or too long for the model's context, and where not even one row fits the limit.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, not {group_size}")
@@ -303,28 +305,38 @@ def generate(
     samplers = {} if samplers is None else samplers
     limit = memory_limit or 0.8 * (free_memory(model.device) + sum(s.cache.bytes for s in samplers.values()))
     rows = rows_at_once(model, len(each), slots, limit)
-    if (model, params, rows, slots) not in samplers:
-        samplers.clear()  # first, so that two caches are never held at once
-        samplers[model, params, rows, slots] = Sampler(model, params, rows, slots)
-    sampler = samplers[model, params, rows, slots]
-
     device = generator.device if generator is not None else "cpu"
     seed = torch.randint(2**62, (), generator=generator, device=device).item()
+
+    def noise(k: int, start: int) -> Tensor:
+        """For all rows of all waves, of which these are taken: a row's noise does not depend on its wave."""
+        source = torch.Generator(model.device).manual_seed(seed + k)
+        uniform = torch.rand(len(each), STEPS_BETWEEN_CHECKS, generator=source, device=model.device)
+        return 1 - uniform[start : start + rows]
+
     completions: list[list[int]] = []
     logprobs: list[list[float]] = []
-    for start in range(0, len(each), rows):
-
-        def noise(k: int, start=start) -> Tensor:
-            """For all rows of all waves, of which these are taken: a row's noise does not depend on its wave."""
-            source = torch.Generator(model.device).manual_seed(seed + k)
-            uniform = torch.rand(len(each), STEPS_BETWEEN_CHECKS, generator=source, device=model.device)
-            return 1 - uniform[start : start + rows]
-
-        wave = sampler.run(each[start : start + rows], noise, watch)
+    waves = 0
+    while len(completions) < len(each):
+        start = len(completions)
+        try:
+            if (model, params, rows, slots) not in samplers:
+                samplers.clear()  # first, so that two caches are never held at once
+                samplers[model, params, rows, slots] = Sampler(model, params, rows, slots)
+            sampler = samplers[model, params, rows, slots]
+            wave = sampler.run(each[start : start + rows], partial(noise, start=start), watch)
+        except torch.OutOfMemoryError:
+            sampler = None
+            samplers.clear()
+            if rows == 1:
+                raise
+            rows = math.ceil(rows / 2)
+            continue
         completions += wave[0]
         logprobs += wave[1]
+        waves += 1
     finished = [completion[-1] in params.stop_token_ids for completion in completions]
-    return Rollout(completions, logprobs, finished, -(-len(each) // rows))
+    return Rollout(completions, logprobs, finished, waves)
 
 
 def rows_at_once(model: Transformer, rows: int, slots: int, limit: float) -> int:

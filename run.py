@@ -3,17 +3,24 @@
     OUT/config.json       the configuration, enough to start the run again
     OUT/metrics.jsonl     one JSON object a training step
     OUT/samples.jsonl     the answers of the last evaluation, with their grades
-    OUT/checkpoint/       everything a resume needs: tensors.safetensors, state.json
+    OUT/checkpoint/       everything a resume needs: tensors.safetensors, state.json; checkpoint.old/ is the one before
     OUT/model/            the trained model in Hugging Face layout
     OUT/summary.json      the closing numbers
 
-Every file but the metrics is written beside its name and renamed into place, so a reader finds the old one
-or the new one and never half of one. The metrics are appended; a checkpoint remembers how long the file was,
-and resuming cuts it back there, so that no step is logged twice.
+Every file but the metrics is written beside its name, flushed to the disk and renamed into place, so a reader finds
+the old one or the new one and never half of one. The metrics are appended, a line in one write; a checkpoint remembers
+how long the file was, and resuming cuts it back there, so that no step is logged twice.
+
+A checkpoint lists its files with their SHA-256. One that was torn, or changed on the disk, is told apart by that, and
+the one before it is used. While a process trains into a folder it holds the lock of it, which the system takes back
+when the process ends, however it does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -26,7 +33,6 @@ import threading
 import time
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -55,6 +61,21 @@ class RunFolder:
         beside.write_text(text, encoding="utf-8")
         _flush(beside)
         os.replace(beside, self.path / name)
+        _flush(self.path)
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Only one process may train into a folder. Raises ValueError naming the one that does."""
+        with (self.path / "lock").open("a+", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(f"{self.path}: process {file.read() or '?'} is training into this folder") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def read_json(self, name: str) -> dict:
         file = self.path / name
@@ -66,24 +87,38 @@ class RunFolder:
             raise ValueError(f"{file}: not valid JSON ({error})") from None
 
     def log(self, record: dict) -> None:
-        """Append one line, in a single write. JSON has no NaN or infinity: they become null."""
+        """Append one line, in a single write, or nothing. JSON has no NaN or infinity: they become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        line = (json.dumps(finite) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            length = file.tell()
+            try:
+                written = file.write(line)
+                if written < len(line):
+                    raise OSError(f"{self.metrics}: only {written} of {len(line)} bytes could be written")
+            except OSError:
+                file.truncate(length)  # a full disk takes half a line
+                raise
 
-    def replace_folder(self, name: str, write) -> None:
-        """Let `write(path)` fill a fresh folder, then put it in the place of OUT/name."""
+    def replace_folder(self, name: str, write, *, keep_old: bool = False) -> None:
+        """Let `write(path)` fill a fresh folder, then put it in the place of OUT/name, once called OUT/name.old."""
         target, beside, old = (self.path / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        write(beside)
-        for file in beside.iterdir():
-            _flush(file)
+        try:
+            write(beside)
+            for file in (*beside.iterdir(), beside):
+                _flush(file)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)  # what did not fit must not stay in the way
+            raise
         if target.exists():  # if not, `old` is the only good one: a crash came between these two renames
             shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
         os.rename(beside, target)
-        shutil.rmtree(old, ignore_errors=True)
+        _flush(self.path)
+        if not keep_old:
+            shutil.rmtree(old, ignore_errors=True)
 
     def save_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         """Tensors and JSON, nothing pickled; `state` gains the present length of the metrics in bytes."""
@@ -95,22 +130,38 @@ class RunFolder:
                 {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors"
             )
             (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+            listed = "".join(f"{digest}  {name}\n" for name, digest in sums.items())  # as `sha256sum -c` reads it
+            (folder / SUMS).write_text(listed, encoding="utf-8")
 
-        self.replace_folder("checkpoint", write)
+        self.replace_folder("checkpoint", write, keep_old=True)
+
+    def find_checkpoint(self) -> tuple[Path, dict] | None:
+        """Folder and state of the last checkpoint that is whole; None if the run stopped before its first one.
+
+        One that is not is named on standard error, and passed over. Raises ValueError if there are only such ones.
+        """
+        problems = []
+        for folder in (self.path / "checkpoint", self.path / "checkpoint.old"):
+            if not folder.exists():
+                continue
+            try:
+                check_sums(folder)
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                problems.append(f"{folder}: the checkpoint cannot be used ({error})")
+                continue
+            for problem in problems:
+                print(f"{problem}; going on from the one before it", file=sys.stderr)
+            return folder, state
+        if problems:
+            raise ValueError("; ".join(problems))
+        return None
 
     def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """The last checkpoint (tensors on the CPU), or None if the run stopped before its first one."""
-        folder = self._checkpoint()
-        if folder is None:
-            return None
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return load_file(folder / "tensors.safetensors"), state
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{folder}: the checkpoint cannot be read ({error})") from None
-
-    def _checkpoint(self) -> Path | None:
-        return next((f for f in (self.path / "checkpoint", self.path / "checkpoint.old") if f.exists()), None)
+        """Tensors (on the CPU) and state of the last checkpoint that is whole, or None."""
+        found = self.find_checkpoint()
+        return found and (load_file(found[0] / "tensors.safetensors"), found[1])
 
     def rewind_metrics(self, length: int) -> None:
         """Cut the metrics back to where the checkpoint was taken. Raises ValueError if lines are missing."""
@@ -126,14 +177,41 @@ class RunFolder:
             raise ValueError(f"{other.path} already holds a run; name another --out")
         other.path.mkdir(parents=True, exist_ok=True)
         shutil.copy(self.metrics, other.metrics)
-        if self._checkpoint():
-            shutil.copytree(self._checkpoint(), other.path / "checkpoint")
+        found = self.find_checkpoint()
+        if found:
+            shutil.copytree(found[0], other.path / "checkpoint")
         return other
 
 
-def _flush(file: Path) -> None:
+SUMS = "SHA256SUMS"
+
+
+def _flush(path: Path) -> None:
+    """Out of the system's memory and onto the disk: a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_sums(folder: Path) -> None:
+    """Raises ValueError naming a file that is not as it was written."""
+    listed = folder / SUMS
+    if not listed.is_file():
+        raise ValueError(f"it has no {SUMS}")
+    sums = dict(line.split("  ", 1)[::-1] for line in listed.read_text(encoding="utf-8").splitlines())
+    for name in ("state.json", "tensors.safetensors"):
+        if name not in sums:
+            raise ValueError(f"{SUMS} does not list {name}")
+    for name, digest in sums.items():
+        if _sha256(folder / name) != digest:
+            raise ValueError(f"{name} has changed since it was written")
 
 
 class Interrupt:
@@ -165,6 +243,10 @@ class Stopped(Exception):
     def __init__(self, signal_number: int, folder: Path):
         super().__init__(f"stopped by signal {signal_number}")
         self.signal, self.folder = signal_number, folder
+
+
+class Fault(Exception):
+    """A run cannot go on, through no fault of its input."""
 
 
 class Progress:

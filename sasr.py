@@ -50,10 +50,13 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,14 +67,14 @@ import torch
 from torch import Tensor
 
 import kernels
-from data import Task, load_task
+from data import Grade, Task, load_task
+from data.isolated import IsolatedVerifier
 from data.scores import scores_of
-from data.task import load_reward
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
 from model import ModelConfig, SharedPrompts, Transformer, read_config, resolve_checkpoint
 from rollout import Rollout, SamplingParams, free_memory, generate, in_pieces, resolve_device
-from run import Interrupt, Progress, RunFolder, Stopped, clock, provenance
+from run import Fault, Interrupt, Progress, RunFolder, Stopped, clock, provenance
 
 # ============================================================================= controllers
 #
@@ -473,6 +476,8 @@ class Config:
     reward: str = option(
         "", "your own reward, MODULE:FUNCTION or FILE.py:FUNCTION; that file is run ('': the verifier)"
     )
+    reward_seconds: float = option(10.0, "a verifier of your own, math-verify or regex may take so long", low=0.001)
+    reward_on_error: str = option("0", "reward where such a verifier raises, hangs or returns no number; or stop")
     ood_task: str = option(
         "auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder sibling of a plain --task"
     )
@@ -557,6 +562,7 @@ class Config:
     beta1: float = option(0.9, "AdamW's decay of the mean", low=0)
     beta2: float = option(0.98, "AdamW's decay of the square", low=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this L2 norm; 0: never", low=0)
+    max_bad_steps: int = option(5, "stop after so many steps in a row whose loss or gradient is not finite", low=1)
     tokens_per_microbatch: int = option(
         0, "tokens, padding included, that go through the model at once; 0: 2048 on a CPU, 16384 on CUDA", low=0
     )
@@ -601,6 +607,18 @@ class Config:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of twice --heads {self.heads}")
         parse_ratio(self.alternate)
+        if self.reward_on_error != "stop":
+            try:
+                finite = math.isfinite(float(self.reward_on_error))
+            except ValueError:
+                finite = False
+            if not finite:
+                raise ValueError(f"--reward-on-error {self.reward_on_error}: must be a number, or stop")
+
+    def hash(self) -> str:
+        """Equal for equal values, wherever the run is kept."""
+        values = dataclasses.asdict(self) | {"out": ""}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def from_json(cls, values: dict, source: Path) -> Config:
@@ -641,8 +659,13 @@ def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
     """The task, the task to warm up on (often the same), and the out-of-domain one (or None)."""
     verifier = {"verifier": config.verifier} if config.verifier else {}
     task = load_task_spec(config.task, config.data, config.seed, skip_bad_lines=config.skip_bad_lines, **verifier)
-    if config.reward:
-        task = dataclasses.replace(task, verify=load_reward(config.reward))
+    options = task.verify.keywords
+    if config.reward or options.get("verifier") in ("math-verify", "regex"):  # not ours, or of no bounded time
+        isolated = IsolatedVerifier(
+            task.name, options, config.reward, seconds=config.reward_seconds, on_error=config.reward_on_error
+        )
+        isolated.start()  # what cannot be loaded is an error now
+        task = dataclasses.replace(task, verify=isolated)
     warmup = load_task_spec(config.warmup_task, "", config.seed) if config.warmup_task else task
     ood = config.ood_task
     if ood == "auto":  # the sibling fits the task's own defaults only
@@ -675,7 +698,7 @@ class Setting:
         self.checkpoint: Path | None = None
         context = math.inf
         if config.model:
-            self.checkpoint = resolve_checkpoint(config.model)
+            self.checkpoint = resolve_checkpoint(config.model, weights=False)
             self.shape = read_config(self.checkpoint)
             context = self.shape.max_position_embeddings
             self.codec = Codec.from_pretrained(
@@ -711,20 +734,17 @@ class Setting:
 
     def _check_examples(self) -> None:
         config = self.config
-        if total_steps(config) and not self.task.train:
-            raise ValueError(f"task {self.task.source.name}: there are no training examples")
-        warmup, adaptive = config.warmup_steps > 0, may_choose_sft(config)
-        for needed, tokenized in ((warmup, self.warmup_task), (adaptive, self.task)):
-            if needed and not tokenized.demonstrations:
-                raise ValueError(
-                    f"task {tokenized.source.name}: no example has a demonstration, so SFT has nothing to learn from; "
-                    "without them use --controller grpo --warmup-steps 0, or another --warmup-task"
-                )
+        if total_steps(config):
+            self.task.check_prompts()
+        if config.warmup_steps:
+            self.warmup_task.check_demonstrations()
+        if may_choose_sft(config):
+            self.task.check_demonstrations()
 
     def make_model(self) -> Transformer:
         """With the weights of --model, or random ones, which are the same for the same seed."""
         if self.checkpoint:
-            return Transformer.from_pretrained(self.checkpoint)
+            return Transformer.from_pretrained(resolve_checkpoint(self.config.model))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             return Transformer(self.shape)
@@ -757,11 +777,15 @@ class State:
     sft_steps: int = 0  # of the adaptive stage
     grpo_steps: int = 0
     norm_step: int = 0  # when the controller last saw an SFT gradient norm
+    bad_steps: int = 0  # dropped, since loss, gradient or sampler were not finite
+    bad_in_a_row: int = 0
     seconds: dict = field(default_factory=lambda: {"warmup": 0.0, "sft": 0.0, "grpo": 0.0, "eval": 0.0})
     accuracy: dict = field(default_factory=dict)  # accuracy_before, _warmup, _final, and each with _ood
     scores: dict = field(default_factory=dict)  # of the last evaluation
     reward: float | None = None  # mean of the last rollout
 
+
+EVAL_ROWS = 256  # answers that an evaluation draws at once
 
 # What a GRPO step measures while it updates; null where it did not.
 UPDATE_STATISTICS = (
@@ -793,6 +817,7 @@ class Trainer:
         self.reference: Transformer | None = None
         self.optimizer = make_optimizer(self.model, config)
         self.controller = make_controller(config)
+        self.last_batch: Batch | None = None  # for an inspection, if its gradient turns out bad
         self.answers: list[dict] = []  # of the last evaluation, as they go into OUT/samples.jsonl
 
     # --- SFT
@@ -808,7 +833,7 @@ class Trainer:
         warmed_up = min(self.state.step, self.config.warmup_steps)
         source = self.warmup_task if self.state.step < self.config.warmup_steps else self.task
         batch = self._demonstrations(source, warmed_up + self.state.sft_steps, "demonstrations")
-        stats = accumulate_gradient(self.model, batch, sft_objective, self.config)
+        stats = self._gradient(batch, sft_objective)
         self._step_optimizer(stats["grad_norm"])
         kept = {key: stats[key] for key in ("loss", "grad_norm", "padding_fraction")}
         return kept | {"tokens": batch.tokens}
@@ -816,7 +841,7 @@ class Trainer:
     def probe(self) -> float:
         """The SFT gradient norm here and now, on demonstrations of its own, without a step."""
         batch = self._demonstrations(self.task, self.state.step, "probe")
-        return accumulate_gradient(self.model, batch, sft_objective, self.config)["grad_norm"]
+        return self._gradient(batch, sft_objective)["grad_norm"]
 
     # --- GRPO
 
@@ -827,6 +852,7 @@ class Trainer:
         chosen = shuffled(len(self.task.train_prompts), start, config.prompts_per_step, config.seed, "prompts")
         prompts = [self.task.train_prompts[i] for i in chosen]
         rollout = self._sample(prompts)
+        self.last_batch = Batch([p for p in prompts for _ in range(config.group_size)], rollout.completions)
         rewards = self._rewards(rollout.completions, chosen)  # [Q, G]
         advantages = group_advantages(rewards, config.advantage, config.advantage_eps).flatten()  # [Q*G]
         tokens = sum(map(len, rollout.completions))
@@ -841,6 +867,8 @@ class Trainer:
             "truncated_fraction": 1 - sum(rollout.finished) / len(rollout.finished),
         } | dict.fromkeys(UPDATE_STATISTICS)
         self.state.reward = record["reward_mean"]
+        if not math.isfinite(sum(map(sum, rollout.logprobs))):  # the model itself gave no probabilities
+            return record | {"grad_norm": math.nan}
         if not advantages.any():  # no group has a signal: a step would be Adam's momentum and nothing else
             return record
         # Without a KL term a completion of advantage 0 has no gradient. It is left out of the update (and of the means
@@ -856,13 +884,13 @@ class Trainer:
             sampled_logprobs=[torch.tensor(rollout.logprobs[i]) for i in kept],
         )
         if config.inner_updates > 1:
-            batch.old_logprobs = score(self.model, batch, config)
+            batch.old_logprobs = self._fitting(score, self.model, batch)
         if self.reference is not None:
             with self._reference_at_hand() as reference:
-                batch.ref_logprobs = score(reference, batch, config)
+                batch.ref_logprobs = self._fitting(score, reference, batch)
         updates = []
         for _ in range(config.inner_updates):
-            updates.append(accumulate_gradient(self.model, batch, grpo_objective, config))
+            updates.append(self._gradient(batch, grpo_objective))
             self._step_optimizer(updates[-1]["grad_norm"])
         means = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
         means["clip_fraction"] = means["clip_low_fraction"] + means["clip_high_fraction"]
@@ -902,6 +930,23 @@ class Trainer:
 
     # --- what both share
 
+    def _gradient(self, batch: Batch, objective) -> dict:
+        self.last_batch = batch
+        stats = self._fitting(accumulate_gradient, self.model, batch, objective)
+        return stats if math.isfinite(stats["loss"]) else stats | {"grad_norm": math.nan}  # one number tells a bad step
+
+    def _fitting(self, function, *arguments):
+        """Call function(*arguments, config); while it runs out of memory, again with half the tokens at once."""
+        while True:
+            try:
+                return function(*arguments, self.config)
+            except torch.OutOfMemoryError:
+                tokens = tokens_at_once(self.config.tokens_per_microbatch, self.device) // 2
+                if tokens < 16:  # by now each sequence has long been alone
+                    raise
+            self.config = dataclasses.replace(self.config, tokens_per_microbatch=tokens)
+            self.progress.say(f"out of memory: --tokens-per-microbatch is {tokens} from here on")
+
     def _step_optimizer(self, grad_norm: float) -> None:
         """One AdamW step, unless the gradient is not finite: then the weights stay as they are."""
         if math.isfinite(grad_norm):
@@ -934,7 +979,7 @@ class Trainer:
             asked = [i for i, answer in enumerate(greedy) if answer]  # a prompt that does not fit has none
             batch = Batch([self.task.eval_prompts[i] for i in asked], [greedy[i] for i in asked])
             with self._reference_at_hand() as reference:
-                scores["kl"] = divergence(self.model, reference, batch, self.config)
+                scores["kl"] = self._fitting(divergence, self.model, reference, batch)
         return scores
 
     def _examine(self, tokenized: TokenizedTask, split: str) -> tuple[dict[str, float], list[list[int]]]:
@@ -950,11 +995,13 @@ class Trainer:
         grades = []
         for index, (example, completions) in enumerate(zip(examples, answers, strict=True)):
             texts = self.codec.decode(completions)
-            grades.append([tokenized.source.grade(text, example) for text in texts])
+            asked = tokenized.eval_prompts[index] is not None
+            wrong = Grade(0.0, correct=False, well_formed=False)
+            grades.append([tokenized.source.grade(text, example) if asked else wrong for text in texts])
             for sample, (text, grade) in enumerate(zip(texts, grades[-1], strict=True)):
                 where = {"split": split, "index": index, "sample": sample}
-                asked = {"prompt": example.prompt, "answer": example.answer, "completion": text}
-                self.answers.append(where | asked | dataclasses.asdict(grade))
+                said = {"prompt": example.prompt, "answer": example.answer, "completion": text}
+                self.answers.append(where | said | dataclasses.asdict(grade))
         scores = scores_of(examples, [of[0] for of in grades], [of[1:] for of in grades], config.seed)
         return scores, [completions[0] for completions in answers]
 
@@ -965,7 +1012,7 @@ class Trainer:
         seed = int(random_source(self.config.seed, "evaluation", self.state.step).integers(2**63))
         generator = torch.Generator(self.device).manual_seed(seed)
         options = {"memory_limit": int(1e9 * self.config.rollout_memory), "samplers": {}, "generator": generator}
-        at_once = max(1, 256 // samples)  # prompts
+        at_once = max(1, EVAL_ROWS // samples)  # prompts
         drawn: list[list[int]] = []
         for start in range(0, len(fitting), at_once):
             part = fitting[start : start + at_once]
@@ -975,6 +1022,21 @@ class Trainer:
         return [next(groups) if prompt is not None else [[]] * samples for prompt in prompts]
 
     # --- one step of either stage, and what happens between them
+
+    def step(self) -> dict:
+        """A step of the stage that the run is in. Raises Fault after `--max-bad-steps` in a row without effect."""
+        config, state = self.config, self.state
+        record = self.warmup_step() if state.step < config.warmup_steps else self.adaptive_step()
+        if math.isfinite(record["grad_norm"]):
+            state.bad_in_a_row = 0
+            return record
+        state.bad_steps += 1
+        state.bad_in_a_row += 1
+        if state.bad_in_a_row >= config.max_bad_steps:
+            raise Fault(
+                f"step {state.step + 1}: loss or gradient not finite, for the {state.bad_in_a_row}th time in a row"
+            )
+        return record
 
     def warmup_step(self) -> dict:
         record = self.sft_step()
@@ -1049,6 +1111,18 @@ class Trainer:
         self.model.save_pretrained(path, dtype=self.model.stored_dtype if kind == "same" else getattr(torch, kind))
         self.codec.save(path)
 
+    def inspection(self) -> dict:
+        """The last batch that a gradient was taken of, as JSON."""
+        batch = self.last_batch
+        return {
+            "step": self.state.step + 1,
+            "prompts": self.codec.tokenizer.decode_batch(batch.prompts, skip_special_tokens=False),
+            "completions": self.codec.tokenizer.decode_batch(batch.completions, skip_special_tokens=False),
+            "prompt_ids": batch.prompts,
+            "completion_ids": batch.completions,
+            "advantages": None if batch.advantages is None else batch.advantages.tolist(),
+        }
+
     def tensors(self) -> dict[str, Tensor]:
         """Weights, Adam's moments and the reference policy, each under its own prefix."""
         named = {f"model.{name}": p for name, p in self.model.named_parameters()}
@@ -1061,7 +1135,12 @@ class Trainer:
 
     def saved_state(self) -> dict:
         state = dataclasses.asdict(self.state)
-        return {"state": state, "controller": self.controller.state_dict(), "fingerprint": self.fingerprint()}
+        return {
+            "state": state,
+            "controller": self.controller.state_dict(),
+            "fingerprint": self.fingerprint(),
+            "config_hash": self.setting.config.hash(),
+        }
 
     def fingerprint(self) -> int:
         """Changes when the tokenizer or any example does."""
@@ -1105,42 +1184,67 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
     """
     trainer = Trainer(config)
     folder = resume or RunFolder(config.out or default_out(config, config.controller))
-    checkpoint = folder.load_checkpoint() if resume else None
     if resume is None:
         folder.create(dataclasses.asdict(config) | {"out": str(folder.path)})
-    if checkpoint:
-        trainer.restore(*checkpoint)
-    state, progress = trainer.state, trainer.progress
-    progress.say(headline(trainer, folder.path))
-    with Interrupt() as interrupt, progress:
-        folder.rewind_metrics(checkpoint[1]["metrics_bytes"] if checkpoint else 0)
-        if not checkpoint and trainer.between_steps():
-            folder.write_jsonl("samples.jsonl", trainer.answers)
+    progress = trainer.progress
+    with folder.locked(), Interrupt() as interrupt, progress:
+        state = begin(trainer, folder, folder.load_checkpoint() if resume else None)
         while state.step < total_steps(config):
-            started = time.perf_counter()
-            record = trainer.warmup_step() if state.step < config.warmup_steps else trainer.adaptive_step()
-            record |= {"lr": learning_rate(config, state.step + 1), "seconds": time.perf_counter() - started}
-            state.seconds["warmup" if record["phase"] == "warmup" else record["kind"]] += record["seconds"]
-            state.step += 1
-            scores = trainer.between_steps()
-            folder.log({"step": state.step} | record | {f"eval/{key}": value for key, value in scores.items()})
-            if scores:
-                folder.write_jsonl("samples.jsonl", trainer.answers)
+            record = train_step(trainer, folder)
             last = state.step == total_steps(config)
             progress.show(progress_line(config, state, record), last=last)
             if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
                 folder.save_checkpoint(trainer.tensors(), trainer.saved_state())
+                folder.replace_folder("model", trainer.save_model)
             if interrupt.signal and not last:
                 raise Stopped(interrupt.signal, folder.path)
+        summary = summarise(trainer, folder)
+        folder.write_json("summary.json", summary)
+    return summary
 
-    folder.replace_folder("model", trainer.save_model)
-    summary = state.accuracy | {
+
+def begin(trainer: Trainer, folder: RunFolder, checkpoint: tuple[dict, dict] | None) -> State:
+    """Take up a checkpoint, or evaluate the model as it is before the first step."""
+    if checkpoint:
+        trainer.restore(*checkpoint)
+    trainer.progress.say(headline(trainer, folder.path))
+    folder.rewind_metrics(checkpoint[1]["metrics_bytes"] if checkpoint else 0)
+    if not checkpoint and trainer.between_steps():
+        folder.write_jsonl("samples.jsonl", trainer.answers)
+    if not total_steps(trainer.config):
+        folder.replace_folder("model", trainer.save_model)
+    return trainer.state
+
+
+def train_step(trainer: Trainer, folder: RunFolder) -> dict:
+    """One step, what is due after it, and its line in the metrics."""
+    config, state, started = trainer.config, trainer.state, time.perf_counter()
+    try:
+        record = trainer.step()
+    except Fault as fault:
+        folder.write_json("bad_batch.json", trainer.inspection())
+        raise Fault(f"{fault}; its batch is in {folder.path / 'bad_batch.json'}") from None
+    record |= {"lr": learning_rate(config, state.step + 1), "seconds": time.perf_counter() - started}
+    state.seconds["warmup" if record["phase"] == "warmup" else record["kind"]] += record["seconds"]
+    state.step += 1
+    scores = trainer.between_steps()
+    folder.log({"step": state.step} | record | {f"eval/{key}": value for key, value in scores.items()})
+    if scores:
+        folder.write_jsonl("samples.jsonl", trainer.answers)
+    return record
+
+
+def summarise(trainer: Trainer, folder: RunFolder) -> dict:
+    config, state = trainer.config, trainer.state
+    return state.accuracy | {
         "controller": config.controller,
         "task": config.task,
         "seed": config.seed,
+        "config_hash": trainer.setting.config.hash(),
         "warmup_steps": config.warmup_steps,
         "sft_steps": state.sft_steps,
         "grpo_steps": state.grpo_steps,
+        "bad_steps": state.bad_steps,
         "g_warmup": trainer.controller.g_warmup,
         "scores": state.scores,
         "seconds": sum(state.seconds.values()),
@@ -1148,8 +1252,6 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
         "out": str(folder.path),
         **provenance(trainer.device),
     }
-    folder.write_json("summary.json", summary)
-    return summary
 
 
 def default_out(config: Config, kind: str) -> str:
@@ -1175,7 +1277,8 @@ def memory_plan(setting: Setting) -> dict[str, float]:
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * copy_bytes  # of a cache
     completion = task.longest_prompt + task.max_new_tokens  # tokens
     rows = config.prompts_per_step * config.group_size
-    eval_rows = min(256, config.eval_examples, max(len(task.evaluated), 1))
+    samples, examples = max(config.eval_samples, 1), min(config.eval_examples, max(len(task.evaluated), 1))
+    eval_rows = samples * min(max(1, EVAL_ROWS // samples), examples)
     cache, eval_cache = (n * -(-completion // 128) * 128 * per_token for n in (rows, eval_rows))
     if config.rollout_memory:
         cache, eval_cache = (min(size, 1e9 * config.rollout_memory) for size in (cache, eval_cache))
@@ -1414,7 +1517,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Only what the person said: fields of Config that were not named are absent."""
     parser = argparse.ArgumentParser(
         prog="sasr.py",
-        usage="python sasr.py [--preset NAME | --resume RUN] [--FLAG VALUE ...]     (--help explains the flags)",
+        usage="python sasr.py [--preset NAME | --resume RUN] [--FLAG VALUE ...]",
         description="Warm a language model up with SFT, then let its gradient norm decide between SFT and GRPO.",
         epilog="With no flag at all it trains a small model on generated puzzles, on a GPU or a CPU, in minutes.",
         argument_default=argparse.SUPPRESS,
@@ -1422,6 +1525,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder; with --out, as a branch of it")
     parser.add_argument("--eval-only", action="store_true", help="grade --model on the task, train nothing")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would need in memory, and stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--preset", choices=tuple(PRESETS), help="a set of values for the other flags, which still override it"
     )
@@ -1451,8 +1555,8 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
         if name not in RESUMABLE and value != getattr(old, name):
             raise ValueError(f"--{name.replace('_', '-')} {value}: a resumed run keeps its {getattr(old, name)!r}")
     new = dataclasses.replace(old, **said)
-    checkpoint = folder.load_checkpoint()
-    done = checkpoint[1]["state"]["step"] if checkpoint else 0
+    found = folder.find_checkpoint()
+    done = found[1]["state"]["step"] if found else 0
     if done > total_steps(new):
         raise ValueError(f"--steps {new.steps}: the run has already taken {done - new.warmup_steps}")
     if any(learning_rate(old, step) != learning_rate(new, step) for step in range(1, done + 1)):
@@ -1468,7 +1572,11 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
             raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")
     if "out" in said and Path(new.out).resolve() != folder.path.resolve():
         folder = folder.branch_to(new.out)
-    folder.write_json("config.json", dataclasses.asdict(new))
+    with folder.locked():
+        folder.write_json("config.json", dataclasses.asdict(new))
+    changed = [f"--{key.replace('_', '-')} {value}" for key, value in said.items() if value != getattr(old, key)]
+    if changed:
+        print(f"resuming with {', '.join(changed)}", file=sys.stderr)
     return new, folder
 
 
@@ -1476,7 +1584,8 @@ def evaluate_only(config: Config) -> str:
     """Grade --model, write the answers to OUT/samples.jsonl and the scores to OUT/summary.json, and show a table."""
     if not config.model:
         raise ValueError("--eval-only needs --model, a checkpoint directory")
-    trainer = Trainer(dataclasses.replace(config, warmup_steps=0, steps=0))
+    config = dataclasses.replace(config, warmup_steps=0, steps=0)
+    trainer = Trainer(config)
     if not trainer.task.evaluated:
         raise ValueError(f"task {config.task}: there are no {config.eval_split} examples to evaluate")
     folder = RunFolder(config.out or default_out(config, "eval"))
@@ -1493,34 +1602,43 @@ def evaluate_only(config: Config) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done; 2: bad input or files, one line on standard error; 130 or 143: interrupted and saved."""
+    """Exit code 0: done; 2: bad input; 1: a fault; 130 or 143: interrupted and saved. Each of them is one line."""
     said = vars(parse_flags(argv))
-    resume, eval_only, dry_run = said.pop("resume", None), said.pop("eval_only", False), said.pop("dry_run", False)
+    debug = said.pop("debug", False)
     try:
-        if resume and "preset" in said:
-            raise ValueError(f"--preset {said['preset']}: a resumed run keeps its values; name the flags to change")
-        said = PRESETS[said.pop("preset", "kk-tiny")] | said
-        if dry_run:
-            print(dry_run_report(Setting(Config(**said))))
-            return 0
-        if eval_only:
-            print(evaluate_only(Config(**said)))
-            return 0
-        if resume:
-            config, folder = resumed(resume, said)
-        else:
-            config, folder = Config(**said), None
-        print(closing_table(train(config, resume=folder)))
+        print(run_command(said))
         return 0
-    except (ValueError, OSError) as error:
-        print(f"sasr.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nsasr.py: interrupted; the last checkpoint, if there was one, is intact", file=sys.stderr)
-        return 130
     except Stopped as stopped:
         print(f"stopped and saved; go on with: python sasr.py --resume {stopped.folder}", file=sys.stderr)
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("\nsasr.py: interrupted; the last checkpoint, if there was one, is intact", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        bad_input = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError))
+        ours = bad_input or isinstance(error, (Fault, OSError))
+        text = " ".join(str(error).split()) if ours else f"{type(error).__name__}: {error}"
+        print(f"sasr.py: {text}{'' if ours or debug else ' (--debug shows where)'}", file=sys.stderr)
+        return 2 if bad_input else 1
+
+
+def run_command(said: dict) -> str:
+    """Do what the flags ask for; returns what is to be said at the end."""
+    resume, eval_only, dry_run = said.pop("resume", None), said.pop("eval_only", False), said.pop("dry_run", False)
+    modes = {"--resume": resume, "--eval-only": eval_only, "--dry-run": dry_run}
+    if sum(map(bool, modes.values())) > 1:
+        raise ValueError(f"{' and '.join(mode for mode, asked in modes.items() if asked)}: choose one")
+    if resume and "preset" in said:
+        raise ValueError(f"--preset {said['preset']}: a resumed run keeps its values; name the flags to change")
+    said = PRESETS[said.pop("preset", "kk-tiny")] | said
+    if dry_run:
+        return dry_run_report(Setting(Config(**said)))
+    if eval_only:
+        return evaluate_only(Config(**said))
+    config, folder = resumed(resume, said) if resume else (Config(**said), None)
+    return closing_table(train(config, resume=folder))
 
 
 if __name__ == "__main__":

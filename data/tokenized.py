@@ -55,21 +55,37 @@ class TokenizedTask:
         self.train_prompts = [prompts[i] for i in kept]
         self.demonstrations = [(prompt, completion) for prompt, completion in fitting if len(prompt) <= longest_prompt]
         self.dropped = {"prompts": len(prompts) - len(kept), "demonstrations": len(shown) - len(self.demonstrations)}
-        if prompts and not kept:
-            raise ValueError(
-                f"task {task.name}: all {len(prompts)} training prompts are too long (the shortest has "
-                f"{min(map(len, prompts))} tokens, {max(longest_prompt, 0)} allowed beside {self.max_new_tokens} new); "
-                "raise --max-prompt-tokens or lower --max-new-tokens"
-            )
-        if shown and not self.demonstrations:
-            prompt, completion = min(shown, key=lambda pair: len(pair[1]))
-            raise ValueError(
-                f"task {task.name}: all {len(shown)} demonstrations or their prompts are too long (the shortest has "
-                f"{len(completion)} tokens, after a prompt of {len(prompt)}); raise --max-demonstration-tokens or "
-                "--max-prompt-tokens"
-            )
+        self._shortest_prompt = min(map(len, prompts), default=0)
+        self._prompt_limit = max(longest_prompt, 0)
+        self._shortest_demonstration = min(shown, key=lambda pair: len(pair[1]), default=([], []))
         eval_prompts = codec.encode_prompts(e.prompt for e in self.evaluated)
         self.eval_prompts = [prompt if len(prompt) <= longest_prompt else None for prompt in eval_prompts]
+
+    def check_prompts(self) -> None:
+        """Raises ValueError where no training prompt is left."""
+        if not self.source.train:
+            raise ValueError(f"task {self.source.name}: there are no training examples")
+        if not self.train:
+            raise ValueError(
+                f"task {self.source.name}: all {self.dropped['prompts']} training prompts are too long (the shortest "
+                f"has {self._shortest_prompt} tokens, {self._prompt_limit} allowed beside {self.max_new_tokens} new); "
+                "raise --max-prompt-tokens or lower --max-new-tokens"
+            )
+
+    def check_demonstrations(self) -> None:
+        """Raises ValueError where no demonstration is left."""
+        if not self.demonstrations and not self.dropped["demonstrations"]:
+            raise ValueError(
+                f"task {self.source.name}: no example has a demonstration, so SFT has nothing to learn from; "
+                "without them use --controller grpo --warmup-steps 0, or another --warmup-task"
+            )
+        if not self.demonstrations:
+            prompt, completion = self._shortest_demonstration
+            raise ValueError(
+                f"task {self.source.name}: all {self.dropped['demonstrations']} demonstrations or their prompts are "
+                f"too long (the shortest has {len(completion)} tokens, after a prompt of {len(prompt)}); raise "
+                "--max-demonstration-tokens or --max-prompt-tokens"
+            )
 
     @property
     def longest_prompt(self) -> int:

@@ -355,7 +355,7 @@ def test_each_kind_of_loss_is_told(monkeypatch):
     assert sasr.left_out(trainer_on(echo_task(), byte_codec(), monkeypatch).setting) == []
 
 
-def test_prompts_that_do_not_fit_are_graded_as_empty_answers(monkeypatch):
+def test_prompts_that_do_not_fit_are_wrong_answers_whatever_the_verifier_says(monkeypatch):
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch, max_prompt_tokens=20, eval_samples=2)
     monkeypatch.setattr(
         sasr,
@@ -366,7 +366,7 @@ def test_prompts_that_do_not_fit_are_graded_as_empty_answers(monkeypatch):
     assert scores["accuracy"] == scores["pass@1"] == scores["pass@2"] == 0.5
     said = [(a["index"], a["sample"], bool(a["completion"]), a["reward"], a["correct"]) for a in trainer.answers]
     fits = {0: True, 1: False, 2: True, 3: False}
-    expected = [(i, s, fits[i], 1.0 if fits[i] else -0.5, fits[i]) for i in range(4) for s in (0, 1, 2)]
+    expected = [(i, s, fits[i], 1.0 if fits[i] else 0.0, fits[i]) for i in range(4) for s in (0, 1, 2)]
     assert said == expected
 
 
@@ -748,21 +748,25 @@ def test_each_layer_saves_what_the_plan_says(kind, key_values, checkpointing):
 def planned_and_measured(**changes):
     """Peak of memory_plan, and how much a process grew that took a step of each kind, in bytes."""
     code = """
-import json, resource, sys
+import json, sys
 import torch, torch._dynamo  # the optimizer would import it, hundreds of modules, within what is measured
 import sasr
 
+
+def resident(field):
+    with open("/proc/self/status") as file:  # not ru_maxrss, which a process inherits from the one that started it
+        return 1024 * int(next(line.split()[1] for line in file if line.startswith(field)))
+
 config = sasr.Config(**json.loads(sys.argv[1]))
 plan = sasr.memory_plan(sasr.Setting(config))["peak"]
-with open("/proc/self/statm") as file:
-    before = int(file.read().split()[1]) * resource.getpagesize()
+before = resident("VmRSS")
 trainer = sasr.Trainer(config)
 trainer._rewards = lambda completions, chosen: torch.arange(64.0).view(8, 8)  # an untrained model solves nothing
 trainer.warmup_step()
 trainer.state.step += 1
 assert trainer.grpo_step()["grad_norm"] > 0
 trainer.sft_step()  # beside the cache that the rollout leaves
-print(plan, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(plan, resident("VmHWM") - before)
 """
     values = {"task": "countdown:train_size=200,test_size=8", "ood_task": "none", "eval_every": 0, "device": "cpu"}
     values |= {"controller": "alternate", "warmup_steps": 1, "steps": 2} | changes

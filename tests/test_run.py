@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,7 +165,8 @@ def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tmp_path):
     assert folder.load_checkpoint()[0]["w"].tolist() == [1, 1]
     folder.save_checkpoint({"w": torch.zeros(2)}, {})
     assert folder.load_checkpoint()[0]["w"].tolist() == [0, 0]
-    assert not (tmp_path / "checkpoint.old").exists()
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert folder.load_checkpoint()[0]["w"].tolist() == [1, 1]  # the last two are kept
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):
@@ -172,7 +174,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
     folder.create({})
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     (tmp_path / "checkpoint/tensors.safetensors").write_bytes(b"\0" * 5)
-    with pytest.raises(ValueError, match="checkpoint cannot be read"):
+    with pytest.raises(ValueError, match=r"tensors\.safetensors has changed since it was written"):
         folder.load_checkpoint()
 
 

@@ -250,14 +250,16 @@ def test_the_training_examples_can_be_the_ones_that_are_evaluated():
     ids=str,
 )
 def test_where_all_is_too_long_the_mend_is_named(limits, said):
+    task = TokenizedTask(byte_task((10, 39), (20, 39)), CODEC, **limits)
+    check = task.check_demonstrations if task.train else task.check_prompts
     with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
-        TokenizedTask(byte_task((10, 39), (20, 39)), CODEC, **limits)
+        check()
     assert str(error.value) == said
 
 
 def test_a_demonstration_may_be_lost_with_its_prompt():
     with pytest.raises(ValueError, match=r"or their prompts are too long .* 5 tokens, after a prompt of 50"):
-        TokenizedTask(byte_task((50, 4), (10, None)), CODEC, max_prompt_tokens=20)
+        TokenizedTask(byte_task((50, 4), (10, None)), CODEC, max_prompt_tokens=20).check_demonstrations()
 
 
 def test_a_task_without_training_examples_or_demonstrations_has_nothing_to_drop():

@@ -1,0 +1,511 @@
+"""Runs that are killed, disks that fill up, files that change, steps that go wrong: nothing is lost."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import config, lines, weights
+
+import rollout
+import run
+import sasr
+from data.isolated import IsolatedVerifier
+from data.task import Example
+from run import Fault, RunFolder
+
+ROOT = Path(__file__).parents[1]
+
+# ---- Killed ----------------------------------------------------------------------------------------------------------
+
+# A run in a process of its own. It dies, without any chance to tidy up, when a counted event happens for the n-th time:
+# the events are the calls of one function, before or after it did its work.
+DYING = """
+import json, os, signal, sys
+sys.path.insert(0, {root!r})
+import run, rollout, sasr
+import torch
+from data import Grade, knights_knaves
+
+# An untrained model solves nothing, and GRPO skips a step without signal: reward something else.
+knights_knaves.grade = lambda text, example: Grade(len(text) % 3 / 2, False, False)
+
+flags, event, count = json.loads(sys.argv[1])
+left = count
+
+
+def dies(owner, name):
+    original = getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+places = {{
+    "rollout": (rollout.Sampler, "_step"),
+    "optimizer": (torch.optim.AdamW, "step"),
+    "metrics": (run.RunFolder, "log"),
+    "tensors": (run, "save_file"),
+    "flush": (run, "_flush"),
+    "rename": (os, "rename"),
+    "rmtree": (run.shutil, "rmtree"),
+}}
+if event:
+    dies(*places[event])
+sys.exit(sasr.main(flags))
+"""
+
+
+def start(flags: list[str], event: str = "", count: int = 0) -> subprocess.CompletedProcess:
+    code = DYING.format(root=str(ROOT))
+    return subprocess.run(
+        [sys.executable, "-c", code, json.dumps([flags, event, count])],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def flags_of(out: Path) -> list[str]:
+    values = dataclasses.asdict(config(out)) | {"save_every": 3}
+    flags = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [flag] if value else []
+        else:
+            flags += [flag, str(value)]
+    return flags
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert lines(a) == lines(b)
+    for file in ("model/model.safetensors", "samples.jsonl"):
+        assert (a / file).read_bytes() == (b / file).read_bytes()
+    (saved, state), (again, state_again) = RunFolder(a).load_checkpoint(), RunFolder(b).load_checkpoint()
+    assert set(saved) == set(again)
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    assert state["controller"] == state_again["controller"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = start(flags_of(out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def survive(out: Path, kills: list[tuple[str, int]]) -> int:
+    """Start, and resume after each kill; how many there were."""
+    killed, arguments = 0, flags_of(out)
+    for event, count in kills:
+        done = start(arguments, event, count)
+        if done.returncode == 0:
+            return killed
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        killed += 1
+        metrics = out / "metrics.jsonl"
+        if metrics.exists():
+            text = metrics.read_text()
+            assert text == "" or text.endswith("\n")  # never half a line
+            steps = [json.loads(line)["step"] for line in text.splitlines()]
+            assert steps == list(range(1, len(steps) + 1))  # never a step twice
+        if (out / "config.json").exists():
+            arguments = ["--resume", str(out)]
+    done = start(arguments)
+    assert done.returncode == 0, done.stderr
+    return killed
+
+
+def test_killed_in_rollout_optimizer_and_checkpoint_a_run_ends_as_if_nothing_had_happened(tmp_path, whole):
+    assert survive(tmp_path / "run", [("optimizer", 2), ("rollout", 40), ("rename", 3)]) == 3
+    same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_points_a_run_ends_as_if_nothing_had_happened(tmp_path, whole, seed):
+    rng = random.Random(seed)
+    most = {"rollout": 60, "optimizer": 6, "metrics": 6, "tensors": 2, "flush": 30, "rename": 4, "rmtree": 4}
+    kills = [(event, rng.randint(1, most[event])) for event in rng.choices(list(most), k=7)]
+    assert survive(tmp_path / "run", kills) >= 5
+    same_run(tmp_path / "run", whole)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def two_checkpoints(out: Path) -> RunFolder:
+    folder = RunFolder(out)
+    folder.create({})
+    for value in (1.0, 2.0):
+        folder.save_checkpoint({"w": torch.full((50,), value)}, {"value": value})
+    return folder
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", run.SUMS])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink, lambda file: file.write_bytes(b"foreign")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, capsys, name, damage):
+    folder = two_checkpoints(tmp_path / "run")
+    damage(tmp_path / "run/checkpoint" / name)
+    tensors, state = folder.load_checkpoint()
+    assert (tensors["w"][0], state["value"]) == (1, 1)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(tmp_path / "run/checkpoint") in said
+    damage(tmp_path / "run/checkpoint.old" / name)
+    with pytest.raises(ValueError, match="checkpoint cannot be used") as error:
+        folder.load_checkpoint()
+    assert "\n" not in str(error.value)
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    two_checkpoints(tmp_path / "run")
+    done = subprocess.run(["sha256sum", "-c", run.SUMS], cwd=tmp_path / "run/checkpoint", check=False)
+    assert done.returncode == 0
+
+
+class FullDisk:
+    """After so many bytes, writing ends in the middle, as on a disk that is full."""
+
+    def __init__(self, monkeypatch, room: int):
+        self.room = room
+        original = run.save_file
+
+        def save_file(tensors, path):
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if size > self.room:
+                Path(path).write_bytes(b"\0" * self.room)
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            self.room -= size
+            original(tensors, path)
+
+        monkeypatch.setattr(run, "save_file", save_file)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_intact(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    arguments = flags_of(out)
+    size = sum(t.nbytes for t in sasr.Trainer(config(tmp_path / "unused")).tensors().values())
+    with monkeypatch.context() as patch:
+        FullDisk(patch, 4 * size)  # the first checkpoints have moments, so one fits, or two
+        assert sasr.main(arguments) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sasr.py: ")]
+    assert len(errors) == 1
+    assert "No space left" in errors[0]
+    assert not (out / "checkpoint.tmp").exists()
+    assert RunFolder(out).find_checkpoint() is not None
+    assert sasr.main(["--resume", str(out)]) == 0
+
+
+def test_half_a_line_of_the_metrics_is_taken_back(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    folder.log({"step": 1})
+
+    class Small:
+        """A file that takes three bytes."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            return self.file.write(content[:3])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    original = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *args, **kwargs: Small(original(path, *args, **kwargs)))
+        with pytest.raises(OSError, match="only 3 of"):
+            folder.log({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_only_one_process_trains_into_a_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    with folder.locked():
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run\n"
+        code += f"with run.RunFolder({str(tmp_path)!r}).locked(): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+        assert f"process {os.getpid()} is training into this folder" in done.stderr
+    with folder.locked():  # given back
+        pass
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_dropped_and_counted(tmp_path, monkeypatch):
+    trainer = sasr.Trainer(config(tmp_path / "x"))
+    trainer.step()
+    trainer.state.step += 1
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    norm = trainer.controller.g_last
+    original = sasr.accumulate_gradient
+    for bad in ({"loss": math.nan}, {"grad_norm": math.inf}):
+        with monkeypatch.context() as patch:
+            patch.setattr(sasr, "accumulate_gradient", lambda *args, bad=bad: original(*args) | bad)
+            trainer.step()
+        assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.controller.g_last == norm
+    assert (trainer.state.bad_steps, trainer.state.bad_in_a_row) == (2, 2)
+    trainer.step()
+    assert (trainer.state.bad_steps, trainer.state.bad_in_a_row) == (2, 0)
+
+
+@pytest.mark.parametrize("controller", ["sft", "grpo"])
+def test_too_many_bad_steps_stop_the_run_and_keep_the_batch(tmp_path, monkeypatch, capsys, controller):
+    original = sasr.Trainer.between_steps
+
+    def poisoned(trainer):
+        if trainer.state.step == 6:
+            with torch.no_grad():
+                trainer.model.head.fill_(math.nan)
+        return original(trainer)
+
+    monkeypatch.setattr(sasr.Trainer, "between_steps", poisoned)
+    out = tmp_path / "run"
+    arguments = [*flags_of(out), "--controller", controller, "--max-bad-steps", "3", "--eval-every", "0"]
+    assert sasr.main(arguments) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sasr.py: ")]
+    assert len(errors) == 1
+    assert "step 9: loss or gradient not finite" in errors[0]
+    batch = json.loads((out / "bad_batch.json").read_text())
+    assert batch["step"] == 9
+    assert len(batch["prompts"]) == len(batch["completion_ids"]) > 0
+    records = lines(out)
+    assert [r["grad_norm"] for r in records[6:]] == [None, None]
+
+
+def test_logits_that_are_no_numbers_still_give_tokens_of_the_vocabulary():
+    noise = torch.full((3,), 0.5)
+    logits = torch.stack([torch.zeros(7), torch.full((7,), math.nan), torch.full((7,), -math.inf)])
+    tokens, logprobs = rollout.draw(logits, noise, rollout.SamplingParams(4))
+    assert ((tokens >= 0) & (tokens < 7)).all()
+    assert logprobs.isfinite().tolist() == [True, False, False]
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_in_the_update_halves_the_micro_batch_and_gives_the_same_step(tmp_path, monkeypatch):
+    whole, cut = (sasr.Trainer(config(tmp_path / name, controller="alternate")) for name in "ab")
+    limit = 150  # tokens a micro-batch that fit
+    original = sasr.completion_logprobs
+
+    def scarce(model, micro, temperature):
+        if model is cut.model and micro.prompts.numel() + micro.completions.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, micro, temperature)
+
+    monkeypatch.setattr(sasr, "completion_logprobs", scarce)
+    for trainer in (whole, cut):
+        for _ in range(8):
+            trainer.step()
+            trainer.state.step += 1
+            trainer.between_steps()
+    assert 0 < cut.config.tokens_per_microbatch <= limit
+    for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_out_of_memory_with_a_single_sequence_is_an_error(tmp_path, monkeypatch):
+    trainer = sasr.Trainer(config(tmp_path / "x"))
+
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sasr, "completion_logprobs", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.step()
+
+
+def test_out_of_memory_in_the_rollout_shrinks_the_wave_and_draws_the_same(monkeypatch):
+    from test_rollout import PROMPTS, random_model
+
+    model, params = random_model(), rollout.SamplingParams(12)
+    expected = rollout.generate(model, PROMPTS, params, group_size=4, generator=torch.Generator().manual_seed(3))
+    original = rollout.Sampler.__init__
+
+    def scarce(self, model, params, total, slots):
+        if total > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(self, model, params, total, slots)
+
+    monkeypatch.setattr(rollout.Sampler, "__init__", scarce)
+    found = rollout.generate(model, PROMPTS, params, group_size=4, generator=torch.Generator().manual_seed(3))
+    assert found.completions == expected.completions
+    assert found.waves > expected.waves
+
+
+# ---- Rewards ---------------------------------------------------------------------------------------------------------
+
+REWARD = """
+import os, time
+
+def reward(completion, example):
+    if completion == "raise":
+        raise KeyError("two\\nlines")
+    if completion == "hang":
+        while True:
+            pass
+    if completion == "sleep":
+        time.sleep(100)
+    if completion == "die":
+        os._exit(7)
+    if completion == "leave":
+        raise SystemExit(3)
+    print("noise on standard output")
+    return {"nan": float("nan"), "list": [1, 2], "text": "1", "none": None}.get(completion, len(example.prompt))
+"""
+
+
+@pytest.fixture
+def reward_file(tmp_path) -> str:
+    (tmp_path / "reward.py").write_text(REWARD)
+    return f"{tmp_path / 'reward.py'}:reward"
+
+
+def isolated(reward: str, on_error: str = "-1", seconds: float = 1.0) -> IsolatedVerifier:
+    return IsolatedVerifier("countdown", {}, reward, seconds=seconds, on_error=on_error)
+
+
+EXAMPLE = Example("four", "a")
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("raise", "raised KeyError"),
+        ("hang", "took more than 1 s"),
+        ("sleep", "took more than 1 s"),
+        ("die", "exit code 7"),
+        ("leave", "raised SystemExit"),
+        ("nan", "finite number, got nan"),
+        ("list", "finite number, got [1, 2]"),
+        ("text", "finite number, got '1'"),
+        ("none", "finite number, got None"),
+    ],
+)
+def test_a_reward_that_fails_is_reported_with_its_completion_and_counted(reward_file, capsys, completion, reason):
+    verify = isolated(reward_file)
+    started = time.monotonic()
+    assert verify("fine", EXAMPLE).reward == 4
+    grade = verify(completion, EXAMPLE)
+    assert (grade.reward, grade.correct, verify.failures) == (-1, False, 1)
+    assert verify("fine", EXAMPLE).reward == 4  # and the next one is served
+    assert time.monotonic() - started < 20
+    said = capsys.readouterr().err
+    assert reason in said
+    assert f"{completion!r}" in said
+    assert said.count("it counts as -1") == 1
+
+
+def test_the_time_out_works_off_the_main_thread(reward_file):
+    grades = []
+    thread = threading.Thread(target=lambda: grades.append(isolated(reward_file)("hang", EXAMPLE)))
+    thread.start()
+    thread.join(30)
+    assert [grade.reward for grade in grades] == [-1]
+
+
+def test_a_reward_may_be_asked_to_stop_the_run(reward_file):
+    with pytest.raises(RuntimeError, match="raised KeyError"):
+        isolated(reward_file, "stop")("raise", EXAMPLE)
+
+
+def test_a_reward_that_cannot_be_loaded_is_an_error_before_training(tmp_path, capsys):
+    assert sasr.main([*flags_of(tmp_path / "run"), "--reward", f"{tmp_path}/none.py:f"]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "x", "", "inf"])
+def test_reward_on_error_is_a_number_or_stop(value):
+    with pytest.raises(ValueError, match="--reward-on-error"):
+        sasr.Config(reward_on_error=value)
+
+
+def test_a_reward_of_the_users_trains(tmp_path, reward_file):
+    out = tmp_path / "run"
+    assert sasr.main([*flags_of(out), "--reward", reward_file, "--steps", "4", "--controller", "grpo"]) == 0
+    assert all(record["reward_mean"] > 4 for record in lines(out) if record["kind"] == "grpo")
+
+
+# ---- What is said ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_is_one_line_and_exit_code_1_and_debug_shows_where(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise ZeroDivisionError("what nobody thought of")
+
+    monkeypatch.setattr(sasr.Trainer, "sft_step", broken)
+    assert sasr.main(flags_of(tmp_path / "a")) == 1
+    said = capsys.readouterr().err
+    assert "sasr.py: ZeroDivisionError: what nobody thought of (--debug shows where)" in said
+    assert "Traceback" not in said
+    assert sasr.main([*flags_of(tmp_path / "b"), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_names_itself(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise Fault("the sky is falling")
+
+    monkeypatch.setattr(sasr.Trainer, "sft_step", broken)
+    monkeypatch.setattr(sasr.Trainer, "inspection", lambda self: {})
+    assert sasr.main(flags_of(tmp_path / "a")) == 1
+    assert "the sky is falling" in capsys.readouterr().err
+
+
+def test_the_summary_names_the_configuration_wherever_it_was_kept(tmp_path):
+    hashes = {
+        json.loads((Path(sasr.train(config(tmp_path / name, seed=seed))["out"]) / "summary.json").read_text())[
+            "config_hash"
+        ]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    }
+    assert len(hashes) == 2
+
+
+def test_the_model_is_loadable_before_the_end(tmp_path):
+    done = start(flags_of(tmp_path / "run"), "metrics", 8)
+    assert done.returncode == -signal.SIGKILL
+    assert weights(tmp_path / "run")

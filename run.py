@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -296,7 +297,7 @@ def provenance(device: torch.device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{package: metadata.version(package) for package in ("torch", "numpy", "tokenizers", "safetensors")},
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
         "git_commit": commit,
     }

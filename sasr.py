@@ -54,6 +54,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -580,6 +581,7 @@ class Config:
     out: str = option("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")
     seed: int = option(0, "of everything: puzzles, weights, order, alpha, samples", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    deterministic: bool = option(False, "on CUDA: the same bits for the same seed, slower (a CPU always gives them)")
 
     def __post_init__(self):
         """Raise ValueError naming the flag, the value and the mend."""
@@ -694,6 +696,9 @@ class Setting:
 
     def __init__(self, config: Config):
         self.config, self.device = config, resolve_device(config.device)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+            torch.use_deterministic_algorithms(True, warn_only=True)  # some sums over rows exist in one form only
         task, warmup_task, ood_task = load_tasks(config)
         self.checkpoint: Path | None = None
         context = math.inf
@@ -1458,7 +1463,7 @@ GROUPS = {  # the first field of each group of flags in --help
 RESUMABLE = (
     *("steps", "decay_fraction", "lr_schedule", "save_every", "save_dtype", "out", "device"),
     *("eval_every", "eval_examples", "eval_split", "eval_samples", "eval_temperature"),
-    *("rollout_memory", "offload_reference", "compile"),
+    *("rollout_memory", "offload_reference", "compile", "max_bad_steps", "reward_seconds", "reward_on_error"),
 )
 
 

@@ -795,6 +795,7 @@ def test_a_process_grows_as_planned(checkpointing):
 
 
 @LINUX
+@pytest.mark.nightly
 def test_a_small_process_grows_as_planned():
     planned, measured = planned_and_measured(hidden_size=128, layers=8, heads=4, max_new_tokens=4)
     assert measured == pytest.approx(planned, rel=0.2)

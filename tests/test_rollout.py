@@ -631,14 +631,14 @@ def test_the_command_line_prints_the_completions(checkpoint):
     assert done.stdout.count(f"--- {len(expected)} tokens, log-prob 0.00, ") == 2
 
 
-def test_the_command_line_says_in_one_line_that_the_directory_is_missing(tmp_path):
+def test_the_command_line_says_in_one_line_that_the_directory_is_missing(tmp_path, capsys):
     missing = tmp_path / "nowhere"
-    done = command_line("--model", str(missing), "--prompt", "x", "--device", "cpu")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("rollout.py: ")
-    assert str(missing) in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert rollout.main(["--model", str(missing), "--prompt", "x", "--device", "cpu"]) == 2
+    done = capsys.readouterr()
+    assert done.out == ""
+    assert done.err.startswith("rollout.py: ")
+    assert str(missing) in done.err
+    assert done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

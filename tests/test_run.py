@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 import run
 import sasr
+from data import Grade, knights_knaves
 from data.tokenizer import Codec
 from model import Transformer
 from run import RunFolder
@@ -54,12 +55,14 @@ def config(out, **changes):
     return sasr.Config(**(SMALL | {"out": str(out)} | changes))
 
 
+def by_length(text, example):
+    return Grade(len(text) % 3 / 2, False, False)
+
+
 @pytest.fixture(autouse=True)
 def rewards_that_differ(monkeypatch):
     """An untrained model solves nothing, and GRPO skips a step without signal: reward something else instead."""
-    from data import Grade, knights_knaves
-
-    monkeypatch.setattr(knights_knaves, "grade", lambda text, example: Grade(len(text) % 3 / 2, False, False))
+    monkeypatch.setattr(knights_knaves, "grade", by_length)
 
 
 def lines(out):
@@ -217,19 +220,28 @@ def crash_at(monkeypatch, step):
     monkeypatch.setattr(RunFolder, "log", log)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knights_knaves, "grade", by_length)
+        sasr.train(config(out))
+    return out
+
+
 @pytest.mark.parametrize("step", [1, 4, 6, 11])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, step):
-    sasr.train(config(tmp_path / "whole"))
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, whole, step):
     with monkeypatch.context() as patch:
         crash_at(patch, step)
         with pytest.raises(Crash):
             sasr.train(config(tmp_path / "cut"))
     folder = RunFolder(tmp_path / "cut")
     sasr.train(sasr.Config(**folder.read_json("config.json")), resume=folder)
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    saved, again = RunFolder(tmp_path / "whole").load_checkpoint()[0], folder.load_checkpoint()[0]
+    assert lines(tmp_path / "cut") == lines(whole)
+    uncut, cut = weights(whole), weights(tmp_path / "cut")
+    assert all(torch.equal(uncut[name], cut[name]) for name in uncut)
+    saved, again = RunFolder(whole).load_checkpoint()[0], folder.load_checkpoint()[0]
     assert set(saved) == set(again)
     assert any(name.startswith("reference.") for name in saved)
     assert all(torch.equal(saved[name], again[name]) for name in saved)
@@ -340,8 +352,7 @@ def test_resuming_a_finished_run_with_more_steps_goes_on(tmp_path):
     assert training(tmp_path / "x") == training(tmp_path / "whole")
 
 
-def test_a_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, monkeypatch):
-    sasr.train(config(tmp_path / "whole"))
+def test_a_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, monkeypatch, whole):
     original = RunFolder.log
 
     def log(self, record):
@@ -358,7 +369,7 @@ def test_a_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     again, folder = sasr.resumed(str(tmp_path / "x"), {})
     sasr.train(again, resume=folder)
-    assert lines(tmp_path / "x") == lines(tmp_path / "whole")
+    assert lines(tmp_path / "x") == lines(whole)
 
 
 # ---- The command line, as a person meets it --------------------------------------------------------------------------
@@ -370,19 +381,20 @@ def command(*arguments, cwd=ROOT):
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_train_evaluate_and_resume_from_the_command_line(tmp_path):
+def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys, monkeypatch):
     done = command(*flags(out=tmp_path / "x"))
     assert done.returncode == 0, done.stderr
     assert re.search(r"in domain +\d+\.\d% +\d+\.\d% +\d+\.\d%", done.stdout)
     assert re.search(r"out of domain +\d+\.\d%", done.stdout)
     assert f"written to {tmp_path / 'x'}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
-    evaluated = command("--eval-only", "--model", tmp_path / "x/model", "--task", SMALL["task"], "--device", "cpu")
-    assert evaluated.returncode == 0, evaluated.stderr
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--eval-only", "--model", str(tmp_path / "x/model"), "--task", SMALL["task"], "--device", "cpu"]
+    assert sasr.main(arguments) == 0
     final = json.loads((tmp_path / "x/summary.json").read_text())["accuracy_final"]
-    assert re.search(rf"accuracy +{final:.1%}", evaluated.stdout)
-    again = command("--resume", tmp_path / "x", "--steps", "12")
-    assert again.returncode == 0, again.stderr
+    assert re.search(rf"accuracy +{final:.1%}", capsys.readouterr().out)
+    assert (tmp_path / "runs/eval-knights-knaves-0/samples.jsonl").exists()
+    assert sasr.main(["--resume", str(tmp_path / "x"), "--steps", "12"]) == 0
     assert len(lines(tmp_path / "x")) == 16
 
 
@@ -455,23 +467,22 @@ COUNTDOWN = {"numbers": [4, 9, 35], "target": 22, "answer": "9 + 4 = 13\n35 - 13
 FEW = {"warmup_steps": 2, "steps": 3, "ood_task": "none", "eval_every": 0, "max_new_tokens": 20}
 
 
-def run_on(data, task, out):
-    done = command(*flags(task=task, data=data, out=out, **FEW))
-    assert done.returncode == 0, done.stderr
+def run_on(data, task, out, capsys):
+    assert sasr.main(flags(task=task, data=data, out=out, **FEW)) == 0
     assert len(lines(out)) == 5
-    assert "out of domain" in done.stdout
+    assert "out of domain" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("task", "record"), [("knights-knaves", KK), ("countdown", COUNTDOWN)])
-def test_the_main_job_runs_on_records_from_a_folder(tmp_path, task, record):
+def test_the_main_job_runs_on_records_from_a_folder(tmp_path, task, record, capsys):
     for split, count in (("train", 5), ("test", 4)):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(count)))
-    run_on(tmp_path, task, tmp_path / "x")
+    run_on(tmp_path, task, tmp_path / "x", capsys)
 
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize(("task", "folder"), [("knights-knaves", "knights_knaves/people3"), ("countdown", "countdown")])
-def test_the_main_job_runs_on_the_published_records(tmp_path, task, folder):
+def test_the_main_job_runs_on_the_published_records(tmp_path, task, folder, capsys):
     if not (PUBLISHED / folder).is_dir():
         pytest.skip(f"{PUBLISHED / folder} is not here")
-    run_on(PUBLISHED / folder, task, tmp_path / "x")
+    run_on(PUBLISHED / folder, task, tmp_path / "x", capsys)

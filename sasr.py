@@ -1199,8 +1199,8 @@ def train(config: Config, *, resume: RunFolder | None = None) -> dict:
             last = state.step == total_steps(config)
             progress.show(progress_line(config, state, record), last=last)
             if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
+                folder.replace_folder("model", trainer.save_model)  # first: what a checkpoint counts is never lost
                 folder.save_checkpoint(trainer.tensors(), trainer.saved_state())
-                folder.replace_folder("model", trainer.save_model)
             if interrupt.signal and not last:
                 raise Stopped(interrupt.signal, folder.path)
         summary = summarise(trainer, folder)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_run import config, lines, weights
 
 import rollout
@@ -505,3 +507,66 @@ def test_the_summary_names_the_configuration_wherever_it_was_kept(tmp_path):
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     }
     assert len(hashes) == 2
+
+
+# ---- Edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_of_one_token_has_one_thing_to_say():
+    from test_rollout import random_model
+
+    model = random_model(vocab_size=1)
+    drawn = rollout.generate(model, [[0], [0, 0]], rollout.SamplingParams(3), group_size=2)
+    assert drawn.completions == [[0, 0, 0]] * 4
+    assert all(logprob == 0 for row in drawn.logprobs for logprob in row)
+    batch = sasr.Batch([[0]], [[0, 0]])
+    stats = sasr.accumulate_gradient(model.requires_grad_(), batch, sasr.sft_objective, sasr.Config())
+    assert (stats["loss"], stats["grad_norm"], stats["entropy"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("advantage", ["zscore", "centered", "median"])
+def test_groups_of_one_teach_nothing_and_are_no_fault(tmp_path, advantage):
+    sasr.train(config(tmp_path / "x", controller="grpo", group_size=1, advantage=advantage, eval_every=0))
+    records = [record for record in lines(tmp_path / "x") if record["kind"] == "grpo"]
+    assert {(record["loss"], record["grad_norm"], record["zero_variance_fraction"]) for record in records} == {
+        (0, 0, 1)
+    }
+    assert json.loads((tmp_path / "x/summary.json").read_text())["bad_steps"] == 0
+
+
+def test_an_empty_demonstration_teaches_to_stop(tmp_path):
+    record = {"prompt": "Say nothing.", "answer": "nothing", "demonstration": ""}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(record) + "\n")
+    arguments = [*flags_of(tmp_path / "run"), "--task", "jsonl", "--data", str(tmp_path), "--ood-task", "none"]
+    assert sasr.main(arguments) == 2  # a demonstration without text is most likely a mistake
+    trainer = sasr.Trainer(config(tmp_path / "x"))
+    batch = sasr.Batch([[1, 2]], [list(trainer.codec.stop_token_ids)])
+    stats = sasr.accumulate_gradient(trainer.model, batch, sasr.sft_objective, trainer.config)
+    assert 0 < stats["grad_norm"] < math.inf
+
+
+def test_the_same_seed_gives_the_same_bits_with_deterministic_algorithms(tmp_path):
+    for name in "ab":
+        sasr.train(config(tmp_path / name, deterministic=True, steps=4, warmup_steps=2))
+    torch.use_deterministic_algorithms(False)
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_resume_says_what_it_changes(tmp_path, capsys):
+    sasr.train(config(tmp_path / "x", steps=4, lr_schedule="constant"))
+    sasr.resumed(str(tmp_path / "x"), {"steps": 5, "save_every": 1, "group_size": 3})
+    assert "resuming with --steps 5, --save-every 1\n" in capsys.readouterr().err
+
+
+values = st.one_of(st.integers(), st.floats(), st.text(max_size=5), st.booleans(), st.none(), st.just("1:2"))
+
+
+@given(st.dictionaries(st.sampled_from([spec.name for spec in dataclasses.fields(sasr.Config)]), values, max_size=4))
+def test_any_configuration_is_one_or_names_its_flag(changes):
+    reason = None
+    try:
+        sasr.make_controller(sasr.Config(**changes))
+    except ValueError as error:
+        reason = str(error)
+    assert reason is None or any(f"--{name.replace('_', '-')}" in reason for name in changes)

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as shown  # cut short: a foreign file's value may be long
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,39 @@ FIXED_KEYS = {
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
 }
+
+# What the numbers of a config.json may be, the least and the most: far more than published models have (Llama 3.1 405B:
+# hidden 16384, 126 layers; contexts of ten million tokens). A whole number as a limit asks for a whole number.
+LIMITS = {
+    "vocab_size": (1, 10**7),
+    "hidden_size": (1, 10**6),
+    "intermediate_size": (1, 10**7),
+    "num_hidden_layers": (1, 400),
+    "num_attention_heads": (1, 10**4),
+    "num_key_value_heads": (1, 10**4),
+    "head_dim": (1, 10**4),
+    "max_position_embeddings": (1, 10**9),
+    "rms_norm_eps": (1e-12, 1.0),
+    "rope_theta": (2.0, 1e12),
+    "initializer_range": (0.0, 10.0),
+    # of rope_scaling
+    "factor": (1e-3, 1e6),
+    "original_max_position_embeddings": (1, 10**9),
+    "low_freq_factor": (1e-3, 1e6),
+    "high_freq_factor": (1e-3, 1e6),
+    "beta_fast": (1e-3, 1e6),
+    "beta_slow": (1e-3, 1e6),
+    "attention_factor": (1e-3, 1e3),
+}
+JSON_BYTES = 50_000_000  # of a config.json or an index: more is none
+
+
+def check_number(name: str, value) -> None:
+    """Raises ValueError where a number of config.json is none, or beyond its limits; NaN is beyond any."""
+    least, most = LIMITS[name]
+    if type(value) not in (int, type(least)) or not least <= value <= most:
+        kind = "whole number" if isinstance(least, int) else "number"
+        raise ValueError(f"config: {name} {shown(value)} is not a {kind} from {least} to {most}")
 
 
 # ----------------------------------------------------------------------------- configuration
@@ -77,8 +112,18 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        if self.model_type not in ARCHITECTURES:
-            raise ValueError(f"config: model_type {self.model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+        if self.model_type not in [*ARCHITECTURES]:
+            raise ValueError(f"config: model_type {shown(self.model_type)} is not one of {', '.join(ARCHITECTURES)}")
+        for field in fields(self):
+            if field.name in LIMITS:
+                check_number(field.name, getattr(self, field.name))
+        if type(self.tie_word_embeddings) is not bool:
+            raise ValueError(f"config: tie_word_embeddings {shown(self.tie_word_embeddings)} is not true or false")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            listed = ids if isinstance(ids, list) and name == "eos_token_id" else [] if ids is None else [ids]
+            if any(type(i) is not int or not -1 <= i <= LIMITS["vocab_size"][1] for i in listed):
+                raise ValueError(f"config: {name} {shown(ids)} is not a token id")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -99,12 +144,13 @@ class ModelConfig:
         raw = dict(config_json)
         for key, only in FIXED_KEYS.items():
             if raw.get(key, only) not in (only, None):
-                raise ValueError(f"config: {key}={raw[key]!r} is not supported, only {only!r}")
-        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
-            raise ValueError("config: layer_types other than full_attention are not supported")
-        window, context = raw.get("sliding_window"), raw.get("max_position_embeddings")
-        if raw.get("model_type") == "mistral" and window is not None and context is not None and window < context:
-            raise ValueError(f"config: sliding_window={window!r} is not supported, only null (full attention)")
+                raise ValueError(f"config: {key}={shown(raw[key])} is not supported, only {only!r}")
+        layers = raw.get("layer_types")
+        if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
+            raise ValueError(f"config: layer_types={shown(layers)} is not supported, only a list of full_attention")
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(raw.get(key), dict | None):
+                raise ValueError(f"config: {key} {shown(raw[key])} is not an object")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling")  # transformers 5 / transformers 4
         if rope is not None:
             rope = dict(rope)
@@ -114,14 +160,22 @@ class ModelConfig:
             kind = rope.setdefault("rope_type", rope.pop("type", "default"))
             raw["rope_scaling"] = None if kind == "default" else rope
         try:
-            raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-            raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+            if raw.get("head_dim") is None:
+                for name in ("hidden_size", "num_attention_heads"):
+                    check_number(name, raw[name])
+                raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+            if raw.get("num_key_value_heads") is None:
+                raw["num_key_value_heads"] = raw["num_attention_heads"]
             raw["model_type"] = raw["model_type"]  # no default: a config that does not say is not guessed
-            return cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
+            config = cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})
         except KeyError as missing:
             raise ValueError(f"config: the key {missing} is missing") from None
         except TypeError as error:
             raise ValueError(f"config: {str(error).replace('ModelConfig.__init__() ', '')}") from None
+        window, context = raw.get("sliding_window"), config.max_position_embeddings
+        if config.model_type == "mistral" and window is not None and (type(window) is not int or window < context):
+            raise ValueError(f"config: sliding_window={shown(window)} is not supported, only null (full attention)")
+        return config
 
     def to_dict(self) -> dict:
         """The config.json that transformers reads."""
@@ -150,9 +204,13 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         return frequencies, 1.0
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in ("linear", "llama3", "yarn"):
-        raise ValueError(f"config: rope_type {kind!r} is not one of default, linear, llama3, yarn")
-    if "factor" not in scaling:
-        raise ValueError(f"config: rope_scaling of type {kind} needs a factor")
+        raise ValueError(f"config: rope_type {shown(kind)} is not one of default, linear, llama3, yarn")
+    for name in ("factor", *("low_freq_factor", "high_freq_factor") * (kind == "llama3")):
+        if scaling.get(name) is None:
+            raise ValueError(f"config: rope_scaling of type {kind} needs a {name}")
+    for name, value in scaling.items():
+        if name in LIMITS and value is not None:
+            check_number(name, value)
     factor = scaling["factor"]
     trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings  # tokens
 
@@ -162,6 +220,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     if kind == "llama3":
         # Turns per trained context: more than `high` is kept, fewer than `low` is divided, between is blended.
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        if low >= high:
+            raise ValueError(f"config: low_freq_factor {low} is not below high_freq_factor {high}")
         turns = trained * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * frequencies + (1 - keep) * frequencies / factor, 1.0
@@ -440,7 +500,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
-        """Load a directory with config.json and safetensors, one file or sharded, of any float type.
+        """Load a directory with config.json and safetensors, one file or sharded, of floats of 16 to 64 bits.
 
         Raises ValueError naming the file and the tensor that is missing, surplus or of the wrong shape.
         """
@@ -455,7 +515,9 @@ class Transformer(nn.Module):
             if name == "lm_head.weight" and config.tie_word_embeddings:  # some tied exports store it twice
                 name = "model.embed_tokens.weight"
             if name not in expected:
-                raise ValueError(f"{file}: surplus tensor {name}, which a {config.model_type} model does not have")
+                raise ValueError(f"{file}: surplus tensor {name[:200]!r}, which no {config.model_type} model has")
+            if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{file}: tensor {name} is {tensor.dtype}; quantized weights are not supported")
             if tensor.shape != expected[name]:
                 found, wanted = list(tensor.shape), list(expected[name])
                 raise ValueError(f"{file}: tensor {name} has shape {found}, but config.json asks for {wanted}")
@@ -463,7 +525,7 @@ class Transformer(nn.Module):
                 stored = tensor.dtype
             tensor = tensor.to(device, dtype)
             if name in state and not torch.equal(state[name], tensor):  # a tied model's two, in either order
-                raise ValueError(f"{file}: lm_head.weight differs from the embedding that it should be tied to")
+                raise ValueError(f"{file}: a second {name} that differs (lm_head.weight of a tied model counts as one)")
             state[name] = tensor
         missing = [name for name in expected if name not in state]
         if missing:
@@ -498,10 +560,13 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
         patterns = ["*.json", "*.jinja", "tokenizer.model", *["*.safetensors"] * weights]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # what a network may raise depends on the version of two libraries
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ValueError(
-            f"--model {name}: no such directory, and the hub's model is not to be had ({reason})"
+            f"--model {name}: no such directory, and the hub's model is not to be had ({one_line(error)})"
         ) from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -509,8 +574,9 @@ def read_config(path: str | Path) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a checkpoint directory holds config.json and safetensors")
+    content = read_json(file)
     try:
-        return ModelConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return ModelConfig.from_dict(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -521,19 +587,46 @@ def read_tensors(path: Path):
     if (path / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif index.is_file():
+        content = read_json(index)
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = {name if isinstance(name, str) else shown(name) for name in content["weight_map"].values()}
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not an index with a weight_map of file names ({error!r})") from None
+    elif pickles := [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in sorted(path.glob(kind))]:
+        raise ValueError(
+            f"{path}: only pickles are there ({shown(pickles[0])}), and reading one can run code; where you trust it, "
+            f"convert it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
     else:
         raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
-    for name in names:
+    for name in sorted(names):
         file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise ValueError(f"{index}: names the shard {name!r}, which is not a file of this directory")
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or not os.path.isfile(file):  # no path, and no name too long for one
+            raise ValueError(f"{index}: names the shard {name[:100]!r}, which is not a file of this directory")
+        check_link(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     yield key, file, tensors.get_tensor(key)
         except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+            raise ValueError(f"{file}: not a readable safetensors file ({one_line(error)})") from None
+
+
+def read_json(file: Path):
+    """Raises ValueError for what is no JSON, too large, nested too deeply, or not a file of its directory."""
+    check_link(file)
+    if file.stat().st_size > JSON_BYTES:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, more than {JSON_BYTES}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+
+
+def check_link(file: Path) -> None:
+    """Raises ValueError for a link out of the file's directory, or, in the hub's cache, out of the model's."""
+    home, target = file.parent.resolve(), file.resolve()
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        home = home.parents[1]  # snapshots/COMMIT/ has links into blobs/
+    if not target.is_relative_to(home):
+        raise ValueError(f"{file}: a link that leads out of its directory, to {target}")

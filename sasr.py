@@ -666,7 +666,6 @@ def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
         isolated = IsolatedVerifier(
             task.name, options, config.reward, seconds=config.reward_seconds, on_error=config.reward_on_error
         )
-        isolated.start()  # what cannot be loaded is an error now
         task = dataclasses.replace(task, verify=isolated)
     warmup = load_task_spec(config.warmup_task, "", config.seed) if config.warmup_task else task
     ood = config.ood_task

@@ -1,8 +1,8 @@
-"""A verifier in a process of its own: it may raise, hang or die, and the run goes on.
+"""Foreign programs in a process of their own: they may raise, hang or die, and the run goes on.
 
-For rewards that are not ours, or that take what time they take (a user's function, math-verify, regular expressions).
-Parent and child exchange a line of JSON per completion. The time-out is the parent's: it waits for the answer, and
-where none comes it kills the child's whole process group and starts another one. No signals, so any thread may ask.
+A user's reward, math-verify, regular expressions and chat templates are programs that are not ours, or take what time
+they take. Parent and child exchange a line of JSON per request. The time-out is the parent's: it waits for the answer,
+and where none comes it kills the child's whole process group and starts another one. No signals, so any thread may ask.
 """
 
 from __future__ import annotations
@@ -18,13 +18,80 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from .task import Example, Grade, load_reward
 
-CHILD = "import sys; sys.path.insert(0, {root!r}); from data.isolated import serve; serve({description!r})"
+CHILD = "import sys; sys.path.insert(0, {root!r}); from {module} import {serve}; {serve}({description!r})"
 SHOWN = 5  # failures that are printed, of a run
+
+
+class Child:
+    """A Python process that runs `serve(description)` of a module of ours, which answers requests."""
+
+    def __init__(self, module: str, serve: str, description: str, *, seconds: float):
+        root = str(Path(__file__).resolve().parents[1])
+        self.code = CHILD.format(root=root, module=module, serve=serve, description=description)
+        self.seconds = seconds  # for one request
+        self.process: subprocess.Popen | None = None
+
+    def ask(self, request: dict) -> dict:
+        """The answer, or {"error": reason} if there is none, or none in time."""
+        try:
+            if self.process is None:
+                self.start()
+            deadline = time.monotonic() + self.seconds
+            line = json.dumps(request).encode() + b"\n"
+            threading.Thread(target=write, args=(self.process.stdin, line), daemon=True).start()  # it may not read
+            return self._answer(deadline)
+        except (TimeoutError, OSError, ValueError) as error:
+            self.close()
+            return {"error": str(error)}
+
+    def start(self) -> None:
+        """Raises ValueError where the child cannot begin to serve."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            ready = self._answer(time.monotonic() + 30 + self.seconds)  # imports may take a while
+        except (TimeoutError, OSError) as error:
+            ready = {"error": f"it did not begin to serve: {error}"}
+        if "error" in ready:
+            self.close()
+            raise ValueError(ready["error"])
+
+    def _answer(self, deadline: float) -> dict:
+        parts: list[bytes] = []
+        while not (parts and parts[-1].endswith(b"\n")):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                raise TimeoutError(f"took more than {self.seconds:g} s")
+            parts.append(os.read(self.process.stdout.fileno(), 65536))
+            if not parts[-1]:
+                raise OSError(f"ended its process (exit code {self.process.wait()})")
+        return json.loads(b"".join(parts))
+
+    def close(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process.stdout.close()
+            with contextlib.suppress(OSError):  # what it did not read is lost
+                self.process.stdin.close()
+            self.process = None
+
+    def __del__(self):
+        self.close()
+
+
+def write(file, line: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the child died, or was closed: the reader will tell
+        file.write(line)
+        file.flush()
 
 
 class IsolatedVerifier:
@@ -34,20 +101,15 @@ class IsolatedVerifier:
         """The grade of a task with its options, or the user's `reward` (`load_reward`).
 
         seconds: how long one completion may take. on_error: the reward of a completion whose verifier fails, a number,
-        or "stop", to raise RuntimeError. `failures` counts them.
+        or "stop", to raise RuntimeError. `failures` counts them. Raises ValueError where the reward cannot be loaded.
         """
-        self.description = json.dumps({"task": task, "options": options, "reward": reward})
-        self.name, self.seconds, self.on_error = reward or options.get("verifier", task), seconds, on_error
-        self.failures = 0
-        self.child: subprocess.Popen | None = None
+        description = json.dumps({"task": task, "options": options, "reward": reward})
+        self.child = Child("data.isolated", "serve_verifier", description, seconds=seconds)
+        self.name, self.on_error, self.failures = reward or options.get("verifier", task), on_error, 0
+        self.child.start()
 
     def __call__(self, completion: str, example: Example) -> Grade:
-        request = {"completion": completion, "example": dataclasses.asdict(example)}
-        try:
-            answer = self._ask(json.dumps(request).encode() + b"\n")
-        except (TimeoutError, OSError) as error:
-            self.close()
-            answer = {"error": str(error)}
+        answer = self.child.ask({"completion": completion, "example": dataclasses.asdict(example)})
         if "error" not in answer:
             return Grade(**answer)
         self.failures += 1
@@ -59,83 +121,35 @@ class IsolatedVerifier:
             print(f"{message}; it counts as {self.on_error}{more}", file=sys.stderr)
         return Grade(float(self.on_error), correct=False, well_formed=False)
 
-    def _ask(self, request: bytes) -> dict:
-        if self.child is None:
-            self.start()
-        deadline = time.monotonic() + self.seconds
-        self.child.stdin.write(request)
-        self.child.stdin.flush()
-        return self._answer(deadline)
 
-    def start(self) -> None:
-        """Raises ValueError where the reward cannot be loaded."""
-        root = str(Path(__file__).resolve().parents[1])
-        code = CHILD.format(root=root, description=self.description)
-        self.child = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        ready = self._answer(time.monotonic() + 60 + self.seconds)  # imports may take a while
-        if "error" in ready:
-            self.close()
-            raise ValueError(ready["error"])
-
-    def _answer(self, deadline: float) -> dict:
-        line = b""
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self.child.stdout], [], [], left)[0]:
-                raise TimeoutError(f"took more than {self.seconds:g} s")
-            part = os.read(self.child.stdout.fileno(), 65536)
-            if not part:
-                raise OSError(f"ended its process (exit code {self.child.wait()})")
-            line += part
-        return json.loads(line)
-
-    def close(self) -> None:
-        if self.child is not None:
-            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-                os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
-            self.child.stdin.close()
-            self.child.stdout.close()
-            self.child = None
-
-    def __del__(self):
-        self.close()
+# ----------------------------------------------------------------------------- in the other process
 
 
-def serve(description: str) -> None:
-    """The child: answer each line until there are no more. What the verifier prints goes to standard error."""
+def answer_requests(make: Callable[[], Callable[[dict], dict]]) -> None:
+    """make() gives the function that answers a request; answer each line with it, until there are no more.
+
+    What foreign programs print goes to standard error.
+    """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     os.close(0)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
-    def reply(answer: dict) -> None:
-        answers.write(json.dumps(answer).encode() + b"\n")
+    def reply(said: dict) -> None:
+        answers.write(json.dumps(said).encode() + b"\n")
         answers.flush()
 
-    wanted = json.loads(description)
     try:
-        if wanted["reward"]:
-            verify = load_reward(wanted["reward"])
-        else:
-            from . import TASKS
-
-            verify = partial(TASKS[wanted["task"]].grade, **wanted["options"])
+        answer = make()
     except ValueError as error:
         reply({"error": str(error)})
         return
     reply({})
     for line in requests:
-        request = json.loads(line)
         try:
-            grade = dataclasses.asdict(verify(request["completion"], Example(**request["example"])))
-            if not math.isfinite(grade["reward"]):
-                raise ValueError(f"returned the reward {grade['reward']}")
-            reply(grade | {"reward": float(grade["reward"])})
+            reply(answer(json.loads(line)))
         except BaseException as error:  # a foreign function may even call sys.exit
-            reply({"error": f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+            reply({"error": f"raised {type(error).__name__}: {' '.join(str(error)[:2000].split())[:300]}"})
 
 
 def end_with(parent: int) -> None:
@@ -143,3 +157,24 @@ def end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def serve_verifier(description: str) -> None:
+    answer_requests(partial(make_verifier, json.loads(description)))
+
+
+def make_verifier(wanted: dict) -> Callable[[dict], dict]:
+    if wanted["reward"]:
+        verify = load_reward(wanted["reward"])
+    else:
+        from . import TASKS
+
+        verify = partial(TASKS[wanted["task"]].grade, **wanted["options"])
+
+    def grade_of(request: dict) -> dict:
+        grade = dataclasses.asdict(verify(request["completion"], Example(**request["example"])))
+        if not math.isfinite(grade["reward"]):
+            raise ValueError(f"returned the reward {grade['reward']}")
+        return grade | {"reward": float(grade["reward"])}
+
+    return grade_of

@@ -1,21 +1,19 @@
 """Between text and token ids: a checkpoint's tokenizer and chat template, or a small tokenizer of our own.
 
 A prompt is either `raw`, the text itself, or `chat`, a user's message in the template that the checkpoint brings
-along, up to where the assistant begins to speak. The template is a program from a foreign file: it is rendered in
-jinja2's sandbox, with the environment that `transformers` gives it, to the same string.
+along, up to where the assistant begins to speak.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
+from reprlib import repr as shown  # cut short: a foreign file's value may be long
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .chat import ChatTemplate
 
 END = "<|endoftext|>"  # of the small tokenizer: ends every completion; its only special token, always id 0
 
@@ -26,6 +24,8 @@ FILES = (
 )
 # What a chat template may call by its name.
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Bytes of a tokenizer's file, and of the files beside it. Published ones have a fifth of it.
+LARGE_FILE, SMALL_FILE = 200_000_000, 10_000_000
 
 
 class Codec:
@@ -63,11 +63,11 @@ class Codec:
         listed = stops = stop_tokens(path, tokenizer, named.get("eos_token"))
         chat = None
         if prompt_format != "raw":
-            chat = ChatTemplate.from_pretrained(path, named)
+            chat = read_template(path, named)
         if prompt_format == "chat" and chat is None:
             raise ValueError(f"--prompt-format chat: {path} has no chat template; use raw, or an instruct model")
         if chat is not None:  # the token that ends a turn ends a completion, and comes first
-            stops = tuple(dict.fromkeys([*chat.end_of_turn(tokenizer), *stops]))
+            stops = tuple(dict.fromkeys([*end_of_turn(chat, tokenizer), *stops]))
         elif system:
             raise ValueError(f"--system {system!r}: needs --prompt-format chat")
         if not stops:
@@ -78,7 +78,8 @@ class Codec:
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
         if isinstance(known, int) and size > known:
             raise ValueError(f"{path}: tokenizer.json has {size} tokens, the model knows {known}")
-        files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+        contents = {name: read_file(path / name, LARGE_FILE) for name in FILES}
+        files = {name: content for name, content in contents.items() if content is not None}
         if len(stops) > len(listed):  # a base model's list may lack the end of a turn; others must stop there too
             generation = read_settings(path / "generation_config.json") | {"eos_token_id": list(stops)}
             files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
@@ -91,10 +92,13 @@ class Codec:
 
     def render(self, messages: list[dict]) -> str:
         """The prompt after which the assistant answers these messages; raw: the last one's text."""
+        return self._render_all([messages])[0]
+
+    def _render_all(self, conversations: list[list[dict]]) -> list[str]:
         if self.chat is None:
-            return messages[-1]["content"]
+            return [messages[-1]["content"] for messages in conversations]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.chat.render([*system, *messages], add_generation_prompt=True)
+        return self.chat.render([system + messages for messages in conversations], add_generation_prompt=True)
 
     def encode(self, prompt: str) -> list[int]:
         """A rendered prompt. Raw text begins as the tokenizer says (BOS or not); a template writes its own BOS.
@@ -106,10 +110,14 @@ class Codec:
 
     def encode_prompts(self, texts: Iterable[str]) -> list[list[int]]:
         """Users' texts, each as the beginning of a sequence."""
-        rendered = [self.render([{"role": "user", "content": text}]) for text in texts]
-        return [
-            encoding.ids for encoding in self.tokenizer.encode_batch(rendered, add_special_tokens=self.chat is None)
-        ]
+        return self._encode_all(self._prompts(texts))
+
+    def _prompts(self, texts: Iterable[str]) -> list[str]:
+        return self._render_all([[{"role": "user", "content": text}] for text in texts])
+
+    def _encode_all(self, rendered: list[str]) -> list[list[int]]:
+        encodings = self.tokenizer.encode_batch(rendered, add_special_tokens=self.chat is None)
+        return [encoding.ids for encoding in encodings]
 
     def encode_demonstrations(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """(User's text, demonstration) -> (prompt, completion that ends in a stop token), as token ids.
@@ -118,14 +126,13 @@ class Codec:
         prompt must be the one that samples get.
         """
         pairs = [(prompt, self._without_opening(demonstration)) for prompt, demonstration in pairs]
-        prompts = self.encode_prompts(prompt for prompt, _ in pairs)
-        joined = [self.render([{"role": "user", "content": prompt}]) + completion for prompt, completion in pairs]
-        together = self.tokenizer.encode_batch(joined, add_special_tokens=self.chat is None)
-        completions = [
-            whole.ids[len(prompt) :] if whole.ids[: len(prompt)] == prompt else self._encode_apart(completion)
-            for prompt, whole, (_, completion) in zip(prompts, together, pairs, strict=True)
-        ]
-        return [(prompt, [*ids, self.stop_token_ids[0]]) for prompt, ids in zip(prompts, completions, strict=True)]
+        rendered = self._prompts(prompt for prompt, _ in pairs)
+        together = self._encode_all([text + said for text, (_, said) in zip(rendered, pairs, strict=True)])
+        encoded = []
+        for prompt, whole, (_, said) in zip(self._encode_all(rendered), together, pairs, strict=True):
+            completion = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._encode_apart(said)
+            encoded.append((prompt, [*completion, self.stop_token_ids[0]]))
+        return encoded
 
     def _encode_apart(self, text: str) -> list[int]:
         """Behind a NUL, which no token shares with another character and which is then taken away: some tokenizers
@@ -149,108 +156,81 @@ class Codec:
             (path / name).write_bytes(content)
 
 
-class ChatTemplate:
-    """A jinja2 program that turns messages into one string."""
+# ----------------------------------------------------------------------------- files
 
-    def __init__(self, source: str, special_tokens: dict[str, str], origin: Path):
-        self.special_tokens, self.origin = special_tokens, origin
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-        try:
-            self.template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{origin}: the chat template is broken ({one_line(error)})") from None
 
-    @classmethod
-    def from_pretrained(cls, path: Path, special_tokens: dict[str, str]) -> ChatTemplate | None:
-        """chat_template.jinja, or the entry (the `default` one of several) in tokenizer_config.json, or None."""
-        file = path / "chat_template.jinja"
+def read_template(path: Path, special_tokens: dict[str, str]) -> ChatTemplate | None:
+    """chat_template.jinja, or the entry (the `default` one of several) in tokenizer_config.json, or None."""
+    file = path / "chat_template.jinja"
+    content = read_file(file)
+    if content is not None:
         try:
-            if file.is_file():
-                return cls(file.read_text(encoding="utf-8"), special_tokens, file)
+            return ChatTemplate(content.decode(), special_tokens, file)
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 ({error})") from None
-        file = path / "tokenizer_config.json"
-        source = read_settings(file).get("chat_template")
-        try:
-            if isinstance(source, list):
-                source = {entry["name"]: entry["template"] for entry in source}
-            if isinstance(source, dict):
-                source = source.get("default")
-            if not isinstance(source, str | None):
-                raise TypeError
-        except (TypeError, KeyError):
-            raise ValueError(f"{file}: chat_template must be a text, or a list of named ones") from None
-        return None if source is None else cls(source, special_tokens, file)
-
-    def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
-        """Raises ValueError naming the file whose template does not take these messages."""
-        given = self.special_tokens | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
-            return self.template.render(tools=None, documents=None, **given)
-        except Exception as error:  # a program may fail in any way
-            raise ValueError(f"{self.origin}: the chat template cannot be rendered ({one_line(error)})") from None
-
-    def end_of_turn(self, tokenizer: Tokenizer) -> list[int]:
-        """The special token that follows what the assistant said, or nothing where there is none."""
-        probe = "assistant-speaks-here"
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
-        after = self.render(messages, add_generation_prompt=False).rpartition(probe)[2]
-        return special_tokens_in(after, tokenizer)[:1]
+    file = path / "tokenizer_config.json"
+    source = read_settings(file).get("chat_template")
+    try:
+        if isinstance(source, list):
+            source = {entry["name"]: entry["template"] for entry in source}
+        if isinstance(source, dict):
+            source = source.get("default")
+        if not isinstance(source, str | None):
+            raise TypeError
+    except (TypeError, KeyError):
+        raise ValueError(f"{file}: chat_template must be a text, or a list of named ones") from None
+    return None if source is None else ChatTemplate(source, special_tokens, file)
 
 
-class GenerationBlock(Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's words for training elsewhere; here it is text."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own convention)
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)  # as elsewhere, what is set inside is not seen outside
-
-
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike jinja2's own, without HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-
-def strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-# ----------------------------------------------------------------------------- files
+def end_of_turn(chat: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    """The special token that follows what the assistant said, or nothing where there is none."""
+    probe = "assistant-speaks-here"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
+    (text,) = chat.render([messages], add_generation_prompt=False)
+    return special_tokens_in(text.rpartition(probe)[2], tokenizer)[:1]
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
     """Raises ValueError where the file is absent or none."""
-    if not file.is_file():
+    content = read_file(file, LARGE_FILE)
+    if content is None:
         raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights, in this format")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+        raise ValueError(f"{file}: not a tokenizer ({one_line(error)})") from None
     tokenizer.no_padding()  # lengths and limits are ours to keep
     tokenizer.no_truncation()
     return tokenizer
 
 
+def read_file(file: Path, most: int = SMALL_FILE) -> bytes | None:
+    """None where there is none. Raises ValueError for more bytes, and for a link out of the file's directory.
+
+    In the hub's cache, where snapshots/COMMIT/ has links into blobs/, that is the directory of the model.
+    """
+    if not file.is_file():
+        return None
+    home, target = file.parent.resolve(), file.resolve()
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        home = home.parents[1]
+    if not target.is_relative_to(home):
+        raise ValueError(f"{file}: a link that leads out of its directory, to {target}")
+    if file.stat().st_size > most:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, more than {most}")
+    return file.read_bytes()
+
+
 def read_settings(file: Path) -> dict:
     """A JSON object; an absent file is an empty one."""
-    if not file.is_file():
+    content = read_file(file)
+    if content is None:
         return {}
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(content.decode())
         if not isinstance(settings, dict):
             raise ValueError(f"expected an object, got {type(settings).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from None
     return settings
 
@@ -267,7 +247,7 @@ def named_tokens(path: Path) -> dict[str, str]:
             if isinstance(token, dict):
                 token = token.get("content", token)
             if not isinstance(token, str | None):
-                raise ValueError(f"{path / file}: {name} must be a text, got {token!r}")
+                raise ValueError(f"{path / file}: {name} must be a text, got {shown(token)}")
             if token:
                 named[name] = token
     return named
@@ -279,7 +259,7 @@ def special_tokens_in(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error)[:2000].split())[:400] or type(error).__name__
 
 
 def stop_tokens(path: Path, tokenizer: Tokenizer, end: str | None) -> tuple[int, ...]:
@@ -295,7 +275,7 @@ def stop_tokens(path: Path, tokenizer: Tokenizer, end: str | None) -> tuple[int,
     known = set(tokenizer.get_vocab().values())
     for stop in stops:
         if type(stop) is not int or stop not in known:
-            raise ValueError(f"{file}: eos_token_id {stop!r} is not a token of tokenizer.json")
+            raise ValueError(f"{file}: eos_token_id {shown(stop)} is not a token of tokenizer.json")
     return tuple(dict.fromkeys(stops))
 
 

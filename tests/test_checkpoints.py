@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import data.tokenizer
+import data.chat
 import model as model_file
 import rollout
 from data.task import Example, Grade, Task
@@ -461,7 +461,7 @@ def one_moment(monkeypatch):
         def now(cls, tz=None):
             return cls(2025, 2, 28, 13, 5)
 
-    monkeypatch.setattr(data.tokenizer, "datetime", Moment)
+    monkeypatch.setattr(data.chat, "datetime", Moment)
     monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Moment)
 
 
@@ -1181,24 +1181,24 @@ def far_token(path: Path) -> None:
         (content("config.json", b"nonsense"), "config.json", "not a JSON object"),
         (key("tokenizer_config.json", eos_token={"lstrip": False}), "tokenizer_config.json", "eos_token"),
         (key("tokenizer_config.json", eos_token=7), "tokenizer_config.json", "eos_token"),
-        (template("{% if %}"), "tokenizer_config.json", "template is broken"),
-        (template("{{ messages"), "tokenizer_config.json", "template is broken"),
-        (template("{% generation %}x"), "tokenizer_config.json", "template is broken"),
-        (template("{{ x | no_such_filter }}"), "tokenizer_config.json", "template is broken"),
+        (template("{% if %}"), "tokenizer_config.json", "chat template raised"),
+        (template("{{ messages"), "tokenizer_config.json", "chat template raised"),
+        (template("{% generation %}x"), "tokenizer_config.json", "chat template raised"),
+        (template("{{ x | no_such_filter }}"), "tokenizer_config.json", "chat template raised"),
         (template(7), "tokenizer_config.json", "chat_template"),
         (template([{"name": "default"}]), "tokenizer_config.json", "chat_template"),
         (template(["default"]), "tokenizer_config.json", "chat_template"),
         (template({"default": 5}), "tokenizer_config.json", "chat_template"),
         (template("{{ raise_exception('only\n on Mondays') }}"), "tokenizer_config.json", "only on Mondays"),
-        (template("{{ messages[0].content + 1 }}"), "tokenizer_config.json", "cannot be rendered"),
-        (template("{{ messages[7].content.upper() }}"), "tokenizer_config.json", "cannot be rendered"),
-        (template("{{ 1 // 0 }}"), "tokenizer_config.json", "cannot be rendered"),
-        (template("{{ messages.append(1) }}"), "tokenizer_config.json", "cannot be rendered"),
-        (template("{{ ''.__class__.__mro__ }}"), "tokenizer_config.json", "cannot be rendered"),
-        (template("{% for i in range(10**9) %}x{% endfor %}"), "tokenizer_config.json", "cannot be rendered"),
-        (template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "tokenizer_config.json", "cannot be rendered"),
-        (template("{{ strftime_now(3) }}"), "tokenizer_config.json", "cannot be rendered"),
-        (content("chat_template.jinja", b"{% if %}"), "chat_template.jinja", "template is broken"),
+        (template("{{ messages[0].content + 1 }}"), "tokenizer_config.json", "chat template raised"),
+        (template("{{ messages[7].content.upper() }}"), "tokenizer_config.json", "chat template raised"),
+        (template("{{ 1 // 0 }}"), "tokenizer_config.json", "chat template raised"),
+        (template("{{ messages.append(1) }}"), "tokenizer_config.json", "chat template raised"),
+        (template("{{ ''.__class__.__mro__ }}"), "tokenizer_config.json", "chat template raised"),
+        (template("{% for i in range(10**9) %}x{% endfor %}"), "tokenizer_config.json", "chat template raised"),
+        (template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "tokenizer_config.json", "chat template raised"),
+        (template("{{ strftime_now(3) }}"), "tokenizer_config.json", "chat template raised"),
+        (content("chat_template.jinja", b"{% if %}"), "chat_template.jinja", "chat template raised"),
         (content("chat_template.jinja", b"\xff{{ messages }}"), "chat_template.jinja", "UTF-8|utf-8"),
         (key("tokenizer_config.json", chat_template=None), "", "--prompt-format chat.*no chat template"),
         (no_end, "", "no eos_token_id"),

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_run import config, lines, weights
 
 import rollout
 import run
 import sasr
+from data import chat
+from data.chat import ChatTemplate
 from data.isolated import IsolatedVerifier
 from data.task import Example
 from run import Fault, RunFolder
@@ -562,6 +564,7 @@ def test_a_resume_says_what_it_changes(tmp_path, capsys):
 values = st.one_of(st.integers(), st.floats(), st.text(max_size=5), st.booleans(), st.none(), st.just("1:2"))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([spec.name for spec in dataclasses.fields(sasr.Config)]), values, max_size=4))
 def test_any_configuration_is_one_or_names_its_flag(changes):
     reason = None
@@ -570,3 +573,54 @@ def test_any_configuration_is_one_or_names_its_flag(changes):
     except ValueError as error:
         reason = str(error)
     assert reason is None or any(f"--{name.replace('_', '-')}" in reason for name in changes)
+
+
+# ---- Chat templates that are no good ---------------------------------------------------------------------------------
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, {}, Path("chat_template.jinja"))
+
+
+ASKED = [[{"role": "user", "content": "?"}]]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{{ m(n) ~ m(n) }}{% endmacro %}{{ m(1) }}",
+        "{{ 'a' * 10**10 }}",
+        "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}",
+        "{{ lipsum(n=10**9) }}",
+        "{{ '%0999999999999d'|format(1) }}",
+        "{{ 'a'|center(10**11) }}",
+        "{{ 9 ** (9 ** (9 ** 9)) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch escaped') }}",
+        "{{ lipsum.__globals__['os'].system('touch escaped') }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+    ],
+)
+def test_a_template_that_escapes_or_explodes_is_one_line(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat.renderer(), "seconds", 1.0)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"^chat_template.jinja: the chat template (raised|took|ended)") as error:
+        template(source).render(ASKED, add_generation_prompt=True)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - started < 10
+    assert not list(tmp_path.iterdir())
+    assert template("{{ messages[0].content }}!").render(ASKED, add_generation_prompt=True) == ["?!"]  # still served
+
+
+def test_a_template_of_novel_length_is_refused():
+    with pytest.raises(ValueError, match="200000 characters, more than 100000"):
+        template("a" * 200_000)
+
+
+def test_many_conversations_are_rendered_in_order():
+    asked = [[{"role": "user", "content": str(i)}] for i in range(2500)]
+    said = template("{{ messages[0].content }}").render(asked, add_generation_prompt=True)
+    assert said == [str(i) for i in range(2500)]

@@ -14,6 +14,7 @@ from reprlib import repr as shown  # cut short: a foreign file's value may be lo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .chat import ChatTemplate
+from .task import one_line
 
 END = "<|endoftext|>"  # of the small tokenizer: ends every completion; its only special token, always id 0
 
@@ -198,7 +199,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer ({one_line(error)})") from None
+        raise ValueError(f"{file}: not a tokenizer ({one_line(str(error))})") from None
     tokenizer.no_padding()  # lengths and limits are ours to keep
     tokenizer.no_truncation()
     return tokenizer
@@ -256,10 +257,6 @@ def named_tokens(path: Path) -> dict[str, str]:
 def special_tokens_in(text: str, tokenizer: Tokenizer) -> list[int]:
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return [i for i in tokenizer.encode(text, add_special_tokens=False).ids if i in special]
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error)[:2000].split())[:400] or type(error).__name__
 
 
 def stop_tokens(path: Path, tokenizer: Tokenizer, end: str | None) -> tuple[int, ...]:

@@ -1017,13 +1017,19 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(seed)
         options = {"memory_limit": int(1e9 * self.config.rollout_memory), "samplers": {}, "generator": generator}
         at_once = max(1, EVAL_ROWS // samples)  # prompts
-        drawn: list[list[int]] = []
+        groups: list[list[list[int]]] = []
         for start in range(0, len(fitting), at_once):
             part = fitting[start : start + at_once]
-            drawn += generate(self.sampler, part, params, group_size=samples, **options).completions
-            self.progress.show(f"evaluating {tokenized.source.name}: {start + len(part)}/{len(fitting)}")
-        groups = iter(drawn[i : i + samples] for i in range(0, len(drawn), samples))
-        return [next(groups) if prompt is not None else [[]] * samples for prompt in prompts]
+            drawn: list[list[list[int]]] = [[] for _ in part]
+            while len(drawn[0]) < samples:
+                size = min(EVAL_ROWS, samples - len(drawn[0]))
+                completions = generate(self.sampler, part, params, group_size=size, **options).completions
+                for i, group in enumerate(drawn):
+                    group += completions[i * size : (i + 1) * size]
+            groups += drawn
+            self.progress.show(f"evaluating {tokenized.source.name}: {len(groups)}/{len(fitting)}")
+        answered = iter(groups)
+        return [next(answered) if prompt is not None else [[]] * samples for prompt in prompts]
 
     # --- one step of either stage, and what happens between them
 
@@ -1282,7 +1288,7 @@ def memory_plan(setting: Setting) -> dict[str, float]:
     completion = task.longest_prompt + task.max_new_tokens  # tokens
     rows = config.prompts_per_step * config.group_size
     samples, examples = max(config.eval_samples, 1), min(config.eval_examples, max(len(task.evaluated), 1))
-    eval_rows = samples * min(max(1, EVAL_ROWS // samples), examples)
+    eval_rows = min(samples, EVAL_ROWS) * min(max(1, EVAL_ROWS // samples), examples)
     cache, eval_cache = (n * -(-completion // 128) * 128 * per_token for n in (rows, eval_rows))
     if config.rollout_memory:
         cache, eval_cache = (min(size, 1e9 * config.rollout_memory) for size in (cache, eval_cache))

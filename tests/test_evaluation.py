@@ -327,6 +327,21 @@ def echo_task():
     return Task("echo", train, test, verify)
 
 
+def test_many_samples_are_drawn_a_few_at_a_time_and_stay_with_their_prompt(monkeypatch):
+    monkeypatch.setattr(sasr, "EVAL_ROWS", 3)
+    trainer = trainer_on(echo_task(), byte_codec(), monkeypatch, max_prompt_tokens=20, eval_samples=7)
+    sizes = []
+
+    def generate(model, prompts, params, group_size=1, **_):
+        sizes.append(group_size)
+        return sasr.Rollout([[70 + len(sizes), *prompt[:1]] for prompt in prompts for _ in range(group_size)], [], [])
+
+    monkeypatch.setattr(sasr, "generate", generate)
+    trainer.evaluate()
+    assert sizes == [1, 3, 3, 1, 3, 3, 1]  # greedy answers to both prompts that fit, then 7 samples to each
+    assert [sum(answer["index"] == i for answer in trainer.answers) for i in range(4)] == [8] * 4
+
+
 def test_rewards_go_to_the_example_of_their_prompt_although_some_were_dropped(monkeypatch):
     codec = byte_codec()
     trainer = trainer_on(echo_task(), codec, monkeypatch, max_prompt_tokens=20)

@@ -65,6 +65,7 @@ def made(tmp_path_factory) -> Path:
     tokenizer.save(str(path / "tokenizer.json"))
     write(path / "tokenizer_config.json", {"eos_token": END, "chat_template": CHAT})
     write(path / "generation_config.json", {"eos_token_id": [0]})
+    Transformer.from_pretrained(path)  # what torch imports the first time is not the time of a foreign file
     return path
 
 
@@ -503,10 +504,8 @@ def render(source: str, messages: list[dict] = MESSAGES) -> str:
     ],
 )
 def test_a_template_has_no_way_out(source):
-    messages = [dict(message) for message in MESSAGES]
-    line = refused(lambda: render(source, messages), f"{HERE}: the chat template")
+    line = refused(lambda: render(source), f"{HERE}: the chat template")
     assert "unsafe" in line or "undefined" in line or "no loader" in line or "no attribute" in line
-    assert messages == MESSAGES
 
 
 # ----------------------------------------------------------------------------- anything at all

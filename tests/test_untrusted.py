@@ -433,6 +433,7 @@ def test_a_folder_that_is_only_called_snapshots_is_no_cache(made, tmp_path):
     (tmp_path / "models--owner--name").rename(tmp_path / "mine")
     snapshot = tmp_path / "mine" / "snapshots" / snapshot.name
     refused(lambda: Transformer.from_pretrained(snapshot), str(snapshot / "config.json"), "link")
+    refused(lambda: load(snapshot), str(snapshot / "tokenizer.json"), "link")
 
 
 # ----------------------------------------------------------------------------- tokenizer.json
@@ -455,6 +456,8 @@ def test_tokens_of_another_type_are_named_and_cut_short(copied):
             continue  # a text, however long
         write(copied / "tokenizer_config.json", {"eos_token": value})
         refused(lambda: load(copied), str(copied / "tokenizer_config.json"), "eos_token")
+    write(copied / "tokenizer_config.json", {"eos_token": "\ud800"})
+    refused(lambda: load(copied), str(copied / "tokenizer_config.json"), "surrogates not allowed")
     write(copied / "tokenizer_config.json", {})
     for value in ([deep], [0, "x" * 10**6], deep):
         write(copied / "generation_config.json", {"eos_token_id": value})
@@ -572,9 +575,10 @@ def test_any_stretching_has_finite_frequencies_or_is_refused(rope):
 @soon
 @given(ANYTHING)
 @example({})
+@example("\ud800")
 def test_any_config_file_works_or_is_named(made, tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "config.json"
-    write(file, content)
+    write(file, json.dumps(content))
     works_or_names(lambda: read_config(file.parent), str(file))
 
 
@@ -583,7 +587,7 @@ def test_any_config_file_works_or_is_named(made, tmp_path_factory, content):
 def test_any_index_works_or_is_named(made, tmp_path_factory, content, name):
     path = tmp_path_factory.getbasetemp()
     for index in (content, {"weight_map": {NORM: name, "x": "y"}}):
-        write(path / "model.safetensors.index.json", index)
+        write(path / "model.safetensors.index.json", json.dumps(index))
         works_or_names(lambda: [*model_file.read_tensors(path)], str(path))
 
 
@@ -602,6 +606,6 @@ def test_any_settings_of_a_tokenizer_work_or_are_named(made, tmp_path_factory, n
         for content in (whole, {"tokenizer_config.json": named, "generation_config.json": generation}[file]):
             write(path / "tokenizer_config.json", named)
             write(path / "generation_config.json", generation)
-            write(path / file, content)
+            write(path / file, json.dumps(content))
             for kind in ("raw", "chat"):
                 works_or_names(lambda kind=kind: Codec.from_pretrained(path, prompt_format=kind), str(path))

@@ -36,9 +36,14 @@ class Child:
         self.code = CHILD.format(root=root, module=module, serve=serve, description=description)
         self.seconds = seconds  # for one request
         self.process: subprocess.Popen | None = None
+        self.turn = threading.Lock()  # one request at a time, or threads would get each other's answers
 
     def ask(self, request: dict) -> dict:
         """The answer, or {"error": reason} if there is none, or none in time."""
+        with self.turn:
+            return self._ask(request)
+
+    def _ask(self, request: dict) -> dict:
         try:
             if self.process is None:
                 self.start()

@@ -231,7 +231,7 @@ def read_settings(file: Path) -> dict:
         settings = json.loads(content.decode())
         if not isinstance(settings, dict):
             raise ValueError(f"expected an object, got {type(settings).__name__}")
-        json.dumps(settings, ensure_ascii=False).encode()  # "\\ud800" is half a character, which no tokenizer takes
+        json.dumps(settings, ensure_ascii=False).encode()  # "\ud800" is half a character, which no tokenizer takes
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object ({error})") from None
     return settings

@@ -624,3 +624,20 @@ def test_many_conversations_are_rendered_in_order():
     asked = [[{"role": "user", "content": str(i)}] for i in range(2500)]
     said = template("{{ messages[0].content }}").render(asked, add_generation_prompt=True)
     assert said == [str(i) for i in range(2500)]
+
+
+def test_threads_that_render_at_once_get_their_own_answers():
+    said = {}
+
+    def ask(name):
+        for _ in range(30):
+            asked = [[{"role": "user", "content": name}]]
+            texts = template("{{ messages[0].content }}").render(asked, add_generation_prompt=True)
+            said.setdefault(name, set()).update(texts)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == {name: {name} for name in "abc"}

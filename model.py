@@ -549,8 +549,8 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """The directory of a checkpoint: `name` itself, or the snapshot of a model on the Hugging Face hub.
 
     The hub's files (the weights among them, or not) are downloaded once and then found in its cache, with or without a
-    network. Raises ValueError
-    where there is no such directory and no such model, or where neither network nor cache has it.
+    network. Raises ValueError where there is no such directory and no such model, or where neither network nor cache
+    has it.
     """
     if Path(name).is_dir():
         return Path(name)

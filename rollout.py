@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ PREFILL_TOKENS = 8192  # tokens, padding included, that are read at once; prompt
 HEAD_PIECE = 512  # rows of the output matrix
 DRAW_PIECE = 2**20  # log-probs
 
+LEAST_TEMPERATURE = 1e-3  # logits divided by less may leave fp32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -50,8 +53,9 @@ class SamplingParams:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a number from 0 (greedy) up, not {self.temperature}")
+        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < float("inf")):
+            least = f"0 (greedy) or a number from {LEAST_TEMPERATURE} up"
+            raise ValueError(f"temperature must be {least}, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -399,6 +403,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args(argv)
     try:
+        if args.samples < 1:
+            raise ValueError(f"--samples {args.samples}: must be 1 or more")
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed {args.seed}: must lie between 0 and {2**63 - 1}")
         path, device = resolve_checkpoint(args.model), resolve_device(args.device)
         codec = Codec.from_pretrained(path, prompt_format=args.prompt_format, system=args.system)
         model = Transformer.from_pretrained(path, device=device)
@@ -407,9 +415,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.prompt is None and sys.stdin.isatty():
             converse(model, codec, params, generator)
         else:
-            text = args.prompt if args.prompt is not None else sys.stdin.read()
-            answer(model, codec, [{"role": "user", "content": text}], params, generator, args.samples)
-    except ValueError as error:
+            message = {"role": "user", "content": read_prompt(args.prompt)}
+            answer(model, codec, [message], params, generator, args.samples)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has gone, which Python would complain of once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
         print(f"rollout.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -418,16 +429,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def read_prompt(given: str | None) -> str:
+    """What --prompt gives, or else all of standard input. Raises ValueError naming which of them is not UTF-8."""
+    try:
+        text = sys.stdin.read() if given is None else given
+        text.encode()
+        return text
+    except UnicodeError:
+        raise ValueError(f"{'standard input' if given is None else '--prompt'}: not valid UTF-8") from None
+
+
 def converse(model: Transformer, codec: Codec, params: SamplingParams, generator: torch.Generator) -> None:
-    """Turn by turn until the input ends; a model without a chat template sees the last line only."""
+    """Turn by turn until the input ends; a model without a chat template sees the last line only.
+
+    A conversation that has outgrown the model's context is said to have, and begins again.
+    """
     print("type a message; Ctrl-D ends", file=sys.stderr)
     messages = []
     for line in iter(lambda: read_line("> "), None):
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        (said,) = answer(model, codec, messages, params, generator, 1)
-        messages.append({"role": "assistant", "content": said})
+        try:
+            (said,) = answer(model, codec, messages, params, generator, 1)
+        except ValueError as error:
+            print(f"rollout.py: {error}; the conversation begins again", file=sys.stderr)
+            messages = []
+        else:
+            messages.append({"role": "assistant", "content": said})
 
 
 def read_line(sign: str) -> str | None:
@@ -450,7 +479,12 @@ def answer(
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
-    prompt = codec.encode(codec.render(messages))
+    prompt, context = codec.encode(codec.render(messages)), model.config.max_position_embeddings
+    if len(prompt) + params.max_new_tokens > context:
+        raise ValueError(
+            f"{len(prompt)} tokens of prompt and --max-new-tokens {params.max_new_tokens} exceed the model's context "
+            f"of {context}"
+        )
     if samples == 1:
         print(shown, end="", flush=True)
     watch = stream if samples == 1 else None

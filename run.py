@@ -12,8 +12,8 @@ the old one or the new one and never half of one. The metrics are appended, a li
 how long the file was, and resuming cuts it back there, so that no step is logged twice.
 
 A checkpoint lists its files with their SHA-256. One that was torn, or changed on the disk, is told apart by that, and
-the one before it is used. While a process trains into a folder it holds the lock of it, which the system takes back
-when the process ends, however it does.
+the one before it is used; the damaged one is set aside as checkpoint.damaged/. While a process trains into a folder it
+holds the lock of it, which the system takes back when the process ends, however it does.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -43,10 +46,18 @@ class RunFolder:
         self.path = Path(out)
         self.metrics = self.path / "metrics.jsonl"
 
+    def check_unused(self) -> None:
+        """Raises ValueError if the path is taken, by another run or by a file."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {self.path}: a file is in the way")
+        names = ("config.json", "metrics.jsonl", "summary.json", "checkpoint", "checkpoint.old")
+        if any((self.path / name).exists() for name in names):
+            resumable = f", or --resume {self.path}" if (self.path / "config.json").exists() else ""
+            raise ValueError(f"{self.path} already holds a run; name another --out{resumable}")
+
     def create(self, config: dict) -> None:
-        """Start a run here. Raises ValueError if another run's metrics are here already."""
-        if self.metrics.exists():
-            raise ValueError(f"{self.path} already holds a run; name another --out, or --resume {self.path}")
+        """Start a run here. Raises ValueError if another one is here already."""
+        self.check_unused()
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("config.json", config)
         self.metrics.touch()
@@ -58,15 +69,21 @@ class RunFolder:
         self._write(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     def _write(self, name: str, text: str) -> None:
-        beside = self.path / f"{name}.tmp"
-        beside.write_text(text, encoding="utf-8")
-        _flush(beside)
-        os.replace(beside, self.path / name)
-        _flush(self.path)
+        target, beside = self.path / name, self.path / f"{name}.tmp"
+        with naming(target):
+            try:
+                beside.write_text(text, encoding="utf-8")
+                _flush(beside)
+                os.replace(beside, target)
+            except BaseException:
+                beside.unlink(missing_ok=True)
+                raise
+            _flush(self.path)
 
     @contextlib.contextmanager
     def locked(self):
         """Only one process may train into a folder. Raises ValueError naming the one that does."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,20 +100,23 @@ class RunFolder:
         if not file.is_file():
             raise ValueError(f"{file}: no such file; is {self.path} the folder of a run?")
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not valid JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")
+        return value
 
     def log(self, record: dict) -> None:
         """Append one line, in a single write, or nothing. JSON has no NaN or infinity: they become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         line = (json.dumps(finite) + "\n").encode()
-        with self.metrics.open("ab", buffering=0) as file:
+        with naming(self.metrics), self.metrics.open("ab", buffering=0) as file:
             length = file.tell()
             try:
                 written = file.write(line)
                 if written < len(line):
-                    raise OSError(f"{self.metrics}: only {written} of {len(line)} bytes could be written")
+                    raise OSError(f"only {written} of {len(line)} bytes could be written")
             except OSError:
                 file.truncate(length)  # a full disk takes half a line
                 raise
@@ -105,14 +125,15 @@ class RunFolder:
         """Let `write(path)` fill a fresh folder, then put it in the place of OUT/name, once called OUT/name.old."""
         target, beside, old = (self.path / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        try:
-            write(beside)
-            for file in (*beside.iterdir(), beside):
-                _flush(file)
-        except OSError:
-            shutil.rmtree(beside, ignore_errors=True)  # what did not fit must not stay in the way
-            raise
+        with naming(target):
+            try:
+                beside.mkdir()
+                write(beside)
+                for file in (*beside.iterdir(), beside):
+                    _flush(file)
+            except BaseException:
+                shutil.rmtree(beside, ignore_errors=True)  # what did not fit must not stay in the way
+                raise
         if target.exists():  # if not, `old` is the only good one: a crash came between these two renames
             shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
@@ -137,8 +158,8 @@ class RunFolder:
 
         self.replace_folder("checkpoint", write, keep_old=True)
 
-    def find_checkpoint(self) -> tuple[Path, dict] | None:
-        """Folder and state of the last checkpoint that is whole; None if the run stopped before its first one.
+    def find_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint that is whole; None if the run stopped before its first one.
 
         One that is not is named on standard error, and passed over. Raises ValueError if there are only such ones.
         """
@@ -153,38 +174,62 @@ class RunFolder:
                 problems.append(f"{folder}: the checkpoint cannot be used ({error})")
                 continue
             for problem in problems:
-                print(f"{problem}; going on from the one before it", file=sys.stderr)
-            return folder, state
+                say(f"{problem}; going on from the one before it")
+            return Checkpoint(folder, state)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("; ".join([*problems, "to begin again from the configuration, move them away"]))
         return None
 
-    def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """Tensors (on the CPU) and state of the last checkpoint that is whole, or None."""
-        found = self.find_checkpoint()
-        return found and (load_file(found[0] / "tensors.safetensors"), found[1])
-
-    def rewind_metrics(self, length: int) -> None:
-        """Cut the metrics back to where the checkpoint was taken. Raises ValueError if lines are missing."""
+    def rewind(self, checkpoint: Checkpoint | None) -> None:
+        """Undo what was written after a checkpoint (None: after the start): lines of the metrics, and a later
+        checkpoint that is damaged, which is set aside, lest the next one take the place of the one that is whole.
+        """
+        later = self.path / "checkpoint"
+        if checkpoint and checkpoint.folder != later and later.exists():
+            shutil.rmtree(self.path / "checkpoint.damaged", ignore_errors=True)
+            os.rename(later, self.path / "checkpoint.damaged")
+        length = checkpoint.state["metrics_bytes"] if checkpoint else 0
         self.metrics.touch()
         if self.metrics.stat().st_size < length:
-            raise ValueError(f"{self.metrics}: shorter than when the checkpoint was taken; lines are missing")
+            say(f"{self.metrics}: lines of steps before the checkpoint are missing; going on without them")
+            length = self.metrics.read_bytes().rfind(b"\n") + 1
         os.truncate(self.metrics, length)
 
-    def branch_to(self, out: str | Path) -> RunFolder:
-        """Copy metrics and checkpoint into a new run's folder, to go on there; this one stays as it is."""
-        other = RunFolder(out)
-        if other.metrics.exists():
-            raise ValueError(f"{other.path} already holds a run; name another --out")
+    def branch_to(self, other: RunFolder, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """Copy checkpoint and metrics into a new run's folder, to go on there; this one stays as it is."""
+        other.check_unused()
         other.path.mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.metrics, other.metrics)
-        found = self.find_checkpoint()
-        if found:
-            shutil.copytree(found[0], other.path / "checkpoint")
-        return other
+        if checkpoint:
+            copy = partial(shutil.copytree, checkpoint.folder, dirs_exist_ok=True)
+            other.replace_folder("checkpoint", copy)
+            checkpoint = Checkpoint(other.path / "checkpoint", checkpoint.state)
+        if self.metrics.exists():
+            shutil.copy(self.metrics, other.metrics)
+        return checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    state: dict
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """On the CPU."""
+        return load_file(self.folder / "tensors.safetensors")
 
 
 SUMS = "SHA256SUMS"
+
+
+@contextlib.contextmanager
+def naming(path: Path):
+    """An error of the disk names the file; neither write() nor safetensors knows it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
+        raise OSError(f"{path}: {error}") from error
 
 
 def _flush(path: Path) -> None:
@@ -206,24 +251,27 @@ def check_sums(folder: Path) -> None:
     listed = folder / SUMS
     if not listed.is_file():
         raise ValueError(f"it has no {SUMS}")
-    sums = dict(line.split("  ", 1)[::-1] for line in listed.read_text(encoding="utf-8").splitlines())
+    lines = listed.read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in ("state.json", "tensors.safetensors"):
         if name not in sums:
             raise ValueError(f"{SUMS} does not list {name}")
-    for name, digest in sums.items():
-        if _sha256(folder / name) != digest:
+        if _sha256(folder / name) != sums[name]:
             raise ValueError(f"{name} has changed since it was written")
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the step in hand can end; the second one kills."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag, so that the step in hand can end; the second one kills."""
 
     def __init__(self):
-        self.signal = None
+        self.signal: int | None = None
+        self.waits = True
 
     def __enter__(self) -> Interrupt:
         in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
-        watched = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        watched = [signal.SIGINT, signal.SIGTERM] if in_main else []
+        if in_main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+            watched.append(signal.SIGHUP)
         self.previous = {s: signal.signal(s, self._on_signal) for s in watched}
         return self
 
@@ -231,19 +279,33 @@ class Interrupt:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self):
+        """Where nothing is half done: a signal raises Stopped on the spot, and so does one that came before."""
+        self.waits = False
+        try:
+            if self.signal:
+                raise Stopped(self.signal)
+            yield
+        finally:
+            self.waits = True
+
     def _on_signal(self, number, frame) -> None:
         self.signal = number
-        for s in self.previous:
-            signal.signal(s, signal.SIG_DFL)
-        print("\nfinishing this step, then saving; a second signal stops at once", file=sys.stderr)
+        for s in self.previous:  # a terminal that closes may send SIGHUP twice
+            signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL)
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line's write
+            say("\nfinishing this step, then saving; a second signal stops at once")
+        if not self.waits:
+            raise Stopped(number)
 
 
 class Stopped(Exception):
-    """A run ended early on a signal, with everything saved."""
+    """A run ends early on a signal."""
 
-    def __init__(self, signal_number: int, folder: Path):
+    def __init__(self, signal_number: int):
         super().__init__(f"stopped by signal {signal_number}")
-        self.signal, self.folder = signal_number, folder
+        self.signal = signal_number
 
 
 class Fault(Exception):
@@ -253,8 +315,10 @@ class Fault(Exception):
 class Progress:
     """One line that rewrites itself on a terminal; into a pipe or file, a fresh line every 10 seconds."""
 
-    def __init__(self, stream=sys.stderr):
-        self.stream, self.live, self.last = stream, stream.isatty(), float("-inf")
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stderr
+        self.live, self.last = self.stream.isatty(), float("-inf")
+        self.open = False  # whether the line on the terminal has not ended
 
     def show(self, text: str, *, last: bool = False) -> None:
         now = time.monotonic()
@@ -262,20 +326,30 @@ class Progress:
             return
         self.last = now
         width = shutil.get_terminal_size().columns - 1
-        self.stream.write("\r" + text[:width].ljust(width) if self.live else text + "\n")
-        self.stream.flush()
+        self._write("\r" + text[:width].ljust(width) if self.live else text + "\n")
+        self.open = self.live
 
     def say(self, text: str) -> None:
         """Lines that stay."""
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self._write(("\n" if self.open else "") + text + "\n")
+        self.open = False
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a closed pipe or terminal: nobody listens, which is no reason to stop
+            self.stream.write(text)
+            self.stream.flush()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.live and self.last > float("-inf"):
-            self.say("")
+        if self.open:
+            self._write("\n")
+            self.open = False
+
+
+def say(text: str) -> None:
+    Progress().say(text)
 
 
 def clock(seconds: float) -> str:

@@ -68,14 +68,15 @@ import torch
 from torch import Tensor
 
 import kernels
-from data import Grade, Task, load_task
+from data import TASKS, Grade, Task, load_task
 from data.isolated import IsolatedVerifier
 from data.scores import scores_of
+from data.task import MOST_REWARD
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
 from model import ModelConfig, SharedPrompts, Transformer, read_config, resolve_checkpoint
-from rollout import Rollout, SamplingParams, free_memory, generate, in_pieces, resolve_device
-from run import Fault, Interrupt, Progress, RunFolder, Stopped, clock, provenance
+from rollout import LEAST_TEMPERATURE, Rollout, SamplingParams, free_memory, generate, in_pieces, resolve_device
+from run import Checkpoint, Fault, Interrupt, Progress, RunFolder, Stopped, clock, provenance, say
 
 # ============================================================================= controllers
 #
@@ -475,12 +476,16 @@ class Config:
     skip_bad_lines: bool = option(False, "leave out records of --data that cannot be read, and say how many")
     verifier: str = option("", "how answers are compared, e.g. math-verify, numeric, regex ('': the task's own way)")
     reward: str = option(
-        "", "your own reward, MODULE:FUNCTION or FILE.py:FUNCTION; that file is run ('': the verifier)"
+        "",
+        "your own reward, MODULE:FUNCTION or FILE.py:FUNCTION; that file is run, and a number from 1 on counts as "
+        "correct ('': the verifier)",
     )
     reward_seconds: float = option(10.0, "a verifier of your own, math-verify or regex may take so long", low=0.001)
     reward_on_error: str = option("0", "reward where such a verifier raises, hangs or returns no number; or stop")
     ood_task: str = option(
-        "auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder sibling of a plain --task"
+        "auto",
+        "out-of-domain test, NAME[:key=value,...] with its own verifier, or none; auto: a harder sibling of a plain "
+        "--task",
     )
     warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
     # --- the model
@@ -586,7 +591,7 @@ class Config:
     def __post_init__(self):
         """Raise ValueError naming the flag, the value and the mend."""
         for spec in dataclasses.fields(self):
-            value, flag = getattr(self, spec.name), flag_name(spec)
+            value, flag = getattr(self, spec.name), flag_name(spec.name)
             choices, low = spec.metadata["choices"], spec.metadata["low"]
             allowed = {"int": int, "float": (int, float), "str": str, "bool": bool}[spec.type]
             if not isinstance(value, allowed) or (isinstance(value, bool) and spec.type != "bool"):
@@ -601,21 +606,27 @@ class Config:
             ("norm_ema", 1.0),
             ("beta1", 0.999999),
             ("beta2", 0.999999),
+            ("seed", 2**63 - 1),
         ):
             if getattr(self, name) > most:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie between 0 and {most}")
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must lie between 0 and {most}")
         if self.temperature == 0:
             raise ValueError("--temperature 0: greedy samples of a group are all alike and teach nothing")
+        for name in ("temperature", "eval_temperature"):
+            if 0 < getattr(self, name) < LEAST_TEMPERATURE:
+                raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be at least {LEAST_TEMPERATURE}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of twice --heads {self.heads}")
         parse_ratio(self.alternate)
         if self.reward_on_error != "stop":
             try:
-                finite = math.isfinite(float(self.reward_on_error))
+                allowed = abs(float(self.reward_on_error)) <= MOST_REWARD
             except ValueError:
-                finite = False
-            if not finite:
-                raise ValueError(f"--reward-on-error {self.reward_on_error}: must be a number, or stop")
+                allowed = False
+            if not allowed:
+                raise ValueError(
+                    f"--reward-on-error {self.reward_on_error}: must be a number of at most {MOST_REWARD:g}, or stop"
+                )
 
     def hash(self) -> str:
         """Equal for equal values, wherever the run is kept."""
@@ -634,23 +645,35 @@ class Config:
             raise ValueError(f"{source}: {error}") from None
 
 
-def flag_name(spec: dataclasses.Field) -> str:
-    return "--" + spec.name.replace("_", "-")
+def flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
 
 
 # ============================================================================= what a run is made of
 
 
 def load_task_spec(spec: str, path: str, seed: int, **more) -> Task:
-    """'countdown:numbers=4,test_size=100' -> the task. Whole numbers become int, everything else stays text."""
+    """'countdown:numbers=4,test_size=100' -> the task. Raises ValueError naming what is wrong in the spec."""
     name, _, rest = spec.partition(":")
-    options = {}
+    flags = {"name": "--task", "path": "--data", "seed": "--seed"} | {key: flag_name(key) for key in more}
+    options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"task {spec!r}: expected NAME:key=value,..., found {part!r}")
-        options[key] = int(value) if value.lstrip("-").isdecimal() else value
+        if key in flags or key in options:
+            raise ValueError(f"task {spec!r}: {key} is given twice, or has a flag of its own, {flags.get(key, '')}")
+        options[key] = value
     return load_task(name, path or None, seed=seed, **options, **more)
+
+
+def generated_task(config: Config, field_name: str) -> Task:
+    """A second task beside --task, which has no data of its own. Raises ValueError naming the flag."""
+    spec = getattr(config, field_name)
+    able = [name for name, module in TASKS.items() if hasattr(module, "generate")]
+    if spec.partition(":")[0] not in able:
+        raise ValueError(f"{flag_name(field_name)} {spec}: only generated tasks can serve here: {', '.join(able)}")
+    return load_task_spec(spec, "", config.seed)
 
 
 # Out of the domain but within its vocabulary: claims of three operands instead of two, four numbers instead of three.
@@ -667,11 +690,11 @@ def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
             task.name, options, config.reward, seconds=config.reward_seconds, on_error=config.reward_on_error
         )
         task = dataclasses.replace(task, verify=isolated)
-    warmup = load_task_spec(config.warmup_task, "", config.seed) if config.warmup_task else task
-    ood = config.ood_task
-    if ood == "auto":  # the sibling fits the task's own defaults only
-        ood = SIBLINGS.get(config.task, "none") if not config.data else "none"
-    return task, warmup, None if ood == "none" else load_task_spec(ood, "", config.seed)
+    warmup = generated_task(config, "warmup_task") if config.warmup_task else task
+    if config.ood_task == "auto":  # the sibling fits the task's own defaults only, and its own verifier
+        plain = not (config.data or config.reward)
+        config = dataclasses.replace(config, ood_task=SIBLINGS.get(config.task, "none") if plain else "none")
+    return task, warmup, None if config.ood_task == "none" else generated_task(config, "ood_task")
 
 
 def small_shape(config: Config, codec: Codec, context: int) -> ModelConfig:
@@ -744,6 +767,8 @@ class Setting:
             self.warmup_task.check_demonstrations()
         if may_choose_sft(config):
             self.task.check_demonstrations()
+        for task in filter(None, (self.task, self.ood_task)):
+            task.check_evaluated(config.eval_examples)
 
     def make_model(self) -> Transformer:
         """With the weights of --model, or random ones, which are the same for the same seed."""
@@ -781,12 +806,14 @@ class State:
     sft_steps: int = 0  # of the adaptive stage
     grpo_steps: int = 0
     norm_step: int = 0  # when the controller last saw an SFT gradient norm
-    bad_steps: int = 0  # dropped, since loss, gradient or sampler were not finite
+    bad_steps: int = 0  # dropped: loss, gradient or sampler were not finite, or no reward could be had
     bad_in_a_row: int = 0
+    reward_failures: int = 0  # completions whose verifier failed, evaluations included
     seconds: dict = field(default_factory=lambda: {"warmup": 0.0, "sft": 0.0, "grpo": 0.0, "eval": 0.0})
     accuracy: dict = field(default_factory=dict)  # accuracy_before, _warmup, _final, and each with _ood
     scores: dict = field(default_factory=dict)  # of the last evaluation
     reward: float | None = None  # mean of the last rollout
+    unlogged: dict | None = None  # the last step's line of the metrics, while its evaluation has not come to its end
 
 
 EVAL_ROWS = 256  # answers that an evaluation draws at once
@@ -802,7 +829,7 @@ class Trainer:
     """Model, data and state of one run, and the two kinds of step."""
 
     def __init__(self, config: Config):
-        self.config, self.state, self.progress = config, State(), Progress()
+        self.config, self.state, self.progress, self.interrupt = config, State(), Progress(), Interrupt()
         self.setting = Setting(config)
         self.device, self.codec = self.setting.device, self.setting.codec
         self.task, self.warmup_task = self.setting.task, self.setting.warmup_task
@@ -857,7 +884,7 @@ class Trainer:
         prompts = [self.task.train_prompts[i] for i in chosen]
         rollout = self._sample(prompts)
         self.last_batch = Batch([p for p in prompts for _ in range(config.group_size)], rollout.completions)
-        rewards = self._rewards(rollout.completions, chosen)  # [Q, G]
+        rewards, failures = self._rewards(rollout.completions, chosen)  # [Q, G]
         advantages = group_advantages(rewards, config.advantage, config.advantage_eps).flatten()  # [Q*G]
         tokens = sum(map(len, rollout.completions))
         record = {
@@ -869,10 +896,14 @@ class Trainer:
             "zero_variance_fraction": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
             "completion_length": tokens / len(rollout.completions),
             "truncated_fraction": 1 - sum(rollout.finished) / len(rollout.finished),
+            "reward_failures": failures,
         } | dict.fromkeys(UPDATE_STATISTICS)
         self.state.reward = record["reward_mean"]
+        self.state.reward_failures += failures
         if not math.isfinite(sum(map(sum, rollout.logprobs))):  # the model itself gave no probabilities
-            return record | {"grad_norm": math.nan}
+            return record | {"grad_norm": math.nan, "bad": "the sampler's probabilities are not finite"}
+        if failures == len(rollout.completions):
+            return record | {"grad_norm": math.nan, "bad": "the verifier failed for every completion"}
         if not advantages.any():  # no group has a signal: a step would be Adam's momentum and nothing else
             return record
         # Without a KL term a completion of advantage 0 has no gradient. It is left out of the update (and of the means
@@ -921,16 +952,17 @@ class Trainer:
         )
         if rollout.waves > self.waves:
             rows = len(rollout.completions)
-            print(f"the cache of {rows} completions does not fit: {rollout.waves} waves a rollout", file=sys.stderr)
+            self.progress.say(f"the cache of {rows} completions does not fit: {rollout.waves} waves a rollout")
         self.waves = max(self.waves, rollout.waves)
         return rollout
 
-    def _rewards(self, completions: list[list[int]], chosen: list[int]) -> Tensor:
-        """[Q, G], in the order of the rollout."""
+    def _rewards(self, completions: list[list[int]], chosen: list[int]) -> tuple[Tensor, int]:
+        """[Q, G], in the order of the rollout, and for how many of them the verifier failed."""
         examples = [self.task.train[i] for i in chosen for _ in range(self.config.group_size)]
         texts = self.codec.decode(completions)
-        rewards = [self.task.source.grade(text, example).reward for text, example in zip(texts, examples, strict=True)]
-        return torch.tensor(rewards).view(len(chosen), self.config.group_size)
+        grades = [self.task.source.grade(text, example) for text, example in zip(texts, examples, strict=True)]
+        rewards = torch.tensor([grade.reward for grade in grades]).view(len(chosen), self.config.group_size)
+        return rewards, sum(grade.failed for grade in grades)
 
     # --- what both share
 
@@ -969,21 +1001,24 @@ class Trainer:
         """Scores (`data.scores.scores_of`) in domain and, with `_ood` behind their names, out of it.
 
         With a reference policy also `kl`, how far the model has moved from it: the mean over the tokens of the greedy
-        answers, whole vocabulary, in nats. Without any example to evaluate there are no scores.
+        answers, whole vocabulary, in nats. Without any example to evaluate there are no scores. Raises Stopped as soon
+        as a signal comes: an evaluation changes nothing, so that it can be done again.
         """
         self._refresh_sampler()
         self.answers = []
         if not self.task.evaluated:
             return {}
-        scores, greedy = self._examine(self.task, self.config.eval_split)
-        if self.ood_task is not None:
-            of_ood, _ = self._examine(self.ood_task, "ood")
-            scores |= {f"{key}_ood": value for key, value in of_ood.items()}
-        if self.reference is not None:
-            asked = [i for i, answer in enumerate(greedy) if answer]  # a prompt that does not fit has none
-            batch = Batch([self.task.eval_prompts[i] for i in asked], [greedy[i] for i in asked])
-            with self._reference_at_hand() as reference:
-                scores["kl"] = self._fitting(divergence, self.model, reference, batch)
+        with self.interrupt.at_once():
+            scores, greedy = self._examine(self.task, self.config.eval_split)
+            if self.ood_task is not None:
+                of_ood, _ = self._examine(self.ood_task, "ood")
+                scores |= {f"{key}_ood": value for key, value in of_ood.items()}
+            if self.reference is not None:
+                asked = [i for i, answer in enumerate(greedy) if answer]  # a prompt that does not fit has none
+                batch = Batch([self.task.eval_prompts[i] for i in asked], [greedy[i] for i in asked])
+                with self._reference_at_hand() as reference:
+                    scores["kl"] = self._fitting(divergence, self.model, reference, batch)
+        self.state.reward_failures += sum(answer["failed"] for answer in self.answers)
         return scores
 
     def _examine(self, tokenized: TokenizedTask, split: str) -> tuple[dict[str, float], list[list[int]]]:
@@ -1037,15 +1072,15 @@ class Trainer:
         """A step of the stage that the run is in. Raises Fault after `--max-bad-steps` in a row without effect."""
         config, state = self.config, self.state
         record = self.warmup_step() if state.step < config.warmup_steps else self.adaptive_step()
+        reason = record.pop("bad", "loss or gradient not finite")
         if math.isfinite(record["grad_norm"]):
             state.bad_in_a_row = 0
             return record
         state.bad_steps += 1
         state.bad_in_a_row += 1
         if state.bad_in_a_row >= config.max_bad_steps:
-            raise Fault(
-                f"step {state.step + 1}: loss or gradient not finite, for the {state.bad_in_a_row}th time in a row"
-            )
+            raise Fault(f"step {state.step + 1}: {reason} (bad steps in a row: {state.bad_in_a_row})")
+        self.progress.say(f"step {state.step + 1} is dropped: {reason} (bad steps so far: {state.bad_steps})")
         return record
 
     def warmup_step(self) -> dict:
@@ -1149,6 +1184,7 @@ class Trainer:
             "state": state,
             "controller": self.controller.state_dict(),
             "fingerprint": self.fingerprint(),
+            "config": dataclasses.asdict(self.setting.config),
             "config_hash": self.setting.config.hash(),
         }
 
@@ -1158,10 +1194,11 @@ class Trainer:
         return zlib.crc32((self.codec.tokenizer.to_str() + repr(examples)).encode())
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], saved: dict) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint. Raises ValueError if it was made with other examples or another tokenizer."""
+        saved, tensors = checkpoint.state, checkpoint.tensors()
         if saved["fingerprint"] != self.fingerprint():
-            raise ValueError("the checkpoint was made with other examples or another tokenizer than these")
+            raise ValueError(f"{checkpoint.folder} was made with other examples or another tokenizer than these")
         if any(name.startswith("reference.") for name in tensors):
             self.reference = self._frozen_copy()
         for name, parameter in self.model.named_parameters():
@@ -1186,48 +1223,102 @@ def evaluation_steps(config: Config) -> set[int]:
     return {0, config.warmup_steps, total_steps(config), *every}
 
 
-def train(config: Config, *, resume: RunFolder | None = None) -> dict:
-    """Run both stages and return the summary that is also written to OUT/summary.json.
+def train(config: Config) -> dict:
+    """Run both stages in a new folder, and return the summary that is also written to OUT/summary.json.
 
-    With `resume`, go on from the last checkpoint of that folder, or from its beginning if it has none. An
-    interrupt (first SIGINT or SIGTERM) ends the step, saves, and raises `run.Stopped`.
+    The first SIGINT, SIGTERM or SIGHUP ends the step, saves, and raises `run.Stopped`.
     """
+    folder = RunFolder(config.out or default_out(config, config.controller))
+    folder.check_unused()  # before anything takes time
     trainer = Trainer(config)
-    folder = resume or RunFolder(config.out or default_out(config, config.controller))
-    if resume is None:
+    with folder.locked():
         folder.create(dataclasses.asdict(config) | {"out": str(folder.path)})
-    progress = trainer.progress
-    with folder.locked(), Interrupt() as interrupt, progress:
-        state = begin(trainer, folder, folder.load_checkpoint() if resume else None)
-        while state.step < total_steps(config):
-            record = train_step(trainer, folder)
-            last = state.step == total_steps(config)
-            progress.show(progress_line(config, state, record), last=last)
-            if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
-                folder.replace_folder("model", trainer.save_model)  # first: what a checkpoint counts is never lost
-                folder.save_checkpoint(trainer.tensors(), trainer.saved_state())
-            if interrupt.signal and not last:
-                raise Stopped(interrupt.signal, folder.path)
+        return learn(trainer, folder, None)
+
+
+def resume(out: str, said: dict | None = None) -> dict:
+    """Go on with a run from its last checkpoint, or from its beginning if it has none; otherwise like `train`.
+
+    `said` holds the fields of its configuration that are to change; with another `out`, the run goes on there, as a
+    branch. Whatever can be refused is refused before anything is written. Raises ValueError naming flag or file.
+    """
+    folder = RunFolder(out)
+    written = Config.from_json(folder.read_json("config.json"), folder.path / "config.json")
+    written.out = str(folder.path)  # it may have been moved
+    with folder.locked():
+        checkpoint = folder.find_checkpoint()
+        config = resumed_config(written, checkpoint, said or {})
+        branch = RunFolder(config.out)
+        if branch.path.resolve() == folder.path.resolve():
+            branch = None
+        else:
+            branch.check_unused()
+        trainer = Trainer(config)
+        if checkpoint:
+            trainer.restore(checkpoint)
+        if not branch:
+            folder.write_json("config.json", dataclasses.asdict(config))
+            return learn(trainer, folder, checkpoint)
+        checkpoint = folder.branch_to(branch, checkpoint)
+    with branch.locked():
+        branch.write_json("config.json", dataclasses.asdict(config))
+        return learn(trainer, branch, checkpoint)
+
+
+def learn(trainer: Trainer, folder: RunFolder, checkpoint: Checkpoint | None) -> dict:
+    """The loop: from where the trainer is to the end of the run. Returns the summary."""
+    config, state, progress, interrupt = trainer.config, trainer.state, trainer.progress, trainer.interrupt
+    folder.rewind(checkpoint)
+    with interrupt, progress:
+        progress.say(headline(trainer, folder.path))
+        try:
+            if not checkpoint and trainer.between_steps():
+                folder.write_jsonl("samples.jsonl", trainer.answers)
+            if finished(config, state):
+                folder.replace_folder("model", trainer.save_model)
+            while not finished(config, state):
+                record = finish_step(trainer, folder)
+                last = finished(config, state)
+                progress.show(progress_line(config, state, record), last=last)
+                if last or interrupt.signal or (config.save_every and state.step % config.save_every == 0):
+                    save(trainer, folder)
+                if interrupt.signal and not last:
+                    raise Stopped(interrupt.signal)
+        except Stopped:
+            progress.say(f"stopped and saved; go on with: python sasr.py --resume {folder.path}")
+            raise
         summary = summarise(trainer, folder)
         folder.write_json("summary.json", summary)
     return summary
 
 
-def begin(trainer: Trainer, folder: RunFolder, checkpoint: tuple[dict, dict] | None) -> State:
-    """Take up a checkpoint, or evaluate the model as it is before the first step."""
-    if checkpoint:
-        trainer.restore(*checkpoint)
-    trainer.progress.say(headline(trainer, folder.path))
-    folder.rewind_metrics(checkpoint[1]["metrics_bytes"] if checkpoint else 0)
-    if not checkpoint and trainer.between_steps():
+def finished(config: Config, state: State) -> bool:
+    return state.step == total_steps(config) and state.unlogged is None
+
+
+def finish_step(trainer: Trainer, folder: RunFolder) -> dict:
+    """One step, what is due after it, and its line in the metrics.
+
+    If an evaluation is interrupted, or fails, its step is saved all the same, and on resuming only the evaluation is
+    done again.
+    """
+    state = trainer.state
+    if state.unlogged is None:
+        state.unlogged = timed_step(trainer, folder)
+    try:
+        scores = trainer.between_steps()
+    except (Stopped, RuntimeError):
+        save(trainer, folder)
+        raise
+    record = {"step": state.step} | state.unlogged | {f"eval/{key}": value for key, value in scores.items()}
+    folder.log(record)
+    state.unlogged = None
+    if scores:
         folder.write_jsonl("samples.jsonl", trainer.answers)
-    if not total_steps(trainer.config):
-        folder.replace_folder("model", trainer.save_model)
-    return trainer.state
+    return record
 
 
-def train_step(trainer: Trainer, folder: RunFolder) -> dict:
-    """One step, what is due after it, and its line in the metrics."""
+def timed_step(trainer: Trainer, folder: RunFolder) -> dict:
     config, state, started = trainer.config, trainer.state, time.perf_counter()
     try:
         record = trainer.step()
@@ -1237,11 +1328,12 @@ def train_step(trainer: Trainer, folder: RunFolder) -> dict:
     record |= {"lr": learning_rate(config, state.step + 1), "seconds": time.perf_counter() - started}
     state.seconds["warmup" if record["phase"] == "warmup" else record["kind"]] += record["seconds"]
     state.step += 1
-    scores = trainer.between_steps()
-    folder.log({"step": state.step} | record | {f"eval/{key}": value for key, value in scores.items()})
-    if scores:
-        folder.write_jsonl("samples.jsonl", trainer.answers)
     return record
+
+
+def save(trainer: Trainer, folder: RunFolder) -> None:
+    folder.replace_folder("model", trainer.save_model)  # first: what a checkpoint counts is never lost
+    folder.save_checkpoint(trainer.tensors(), trainer.saved_state())
 
 
 def summarise(trainer: Trainer, folder: RunFolder) -> dict:
@@ -1255,6 +1347,7 @@ def summarise(trainer: Trainer, folder: RunFolder) -> dict:
         "sft_steps": state.sft_steps,
         "grpo_steps": state.grpo_steps,
         "bad_steps": state.bad_steps,
+        "reward_failures": state.reward_failures,
         "g_warmup": trainer.controller.g_warmup,
         "scores": state.scores,
         "seconds": sum(state.seconds.values()),
@@ -1345,7 +1438,7 @@ def dry_run_report(setting: Setting) -> str:
     if plan["peak"] >= total:
         lines.append(
             "less: --gradient-checkpointing, --offload-reference, --tokens-per-microbatch, --max-new-tokens, "
-            "--rollout-memory"
+            "--rollout-memory, --prompts-per-step, --eval-samples"
         )
     lines.append(
         f"prompts of up to {setting.task.longest_prompt} tokens, completions of up to {setting.task.max_new_tokens}; "
@@ -1362,13 +1455,13 @@ def headline(trainer: Trainer, out: Path) -> str:
     config, task = trainer.config, trainer.task
     parameters = sum(p.numel() for p in trainer.model.parameters())
     origin = config.model or "from scratch"
+    first = "first, an evaluation" if task.evaluated else "from the first step on"
     return "\n".join([*left_out(trainer.setting), ""]) + (
         f"{config.controller} on {task.source.name}: {len(task.train_prompts)} training prompts, "
         f"{len(task.demonstrations)} with a demonstration\n"
         f"{parameters / 1e6:.2f} M parameters {origin}, on {trainer.device}; {config.warmup_steps} warm-up steps, "
         f"then {config.steps} adaptive ones\n"
-        f"writing to {out}; "
-        + (f"resuming after step {trainer.state.step}" if trainer.state.step else "first, an evaluation")
+        f"writing to {out}; " + (f"resuming after step {trainer.state.step}" if trainer.state.step else first)
     )
 
 
@@ -1381,7 +1474,8 @@ def left_out(setting: Setting) -> list[str]:
     for tokenized in {id(t): t for t in (task, setting.warmup_task)}.values():
         for kind, count in tokenized.dropped.items():
             if count:
-                lines.append(f"dropped {count} {kind} of {tokenized.source.name} that are too long")
+                why = "that are too long" + (", or whose prompts are" if kind == "demonstrations" else "")
+                lines.append(f"dropped {count} {kind} of {tokenized.source.name} {why}")
     too_long = sum(prompt is None for prompt in task.eval_prompts[: config.eval_examples])
     if too_long:
         lines.append(f"{too_long} {config.eval_split} prompts are too long and count as wrong answers")
@@ -1434,6 +1528,9 @@ def closing_table(summary: dict) -> str:
     lines.append(f"{'steps':24}" + "".join(f"{n:10}" for n in steps) + f"{'':10}{sum(steps):10}")
     seconds = [summary[f"seconds_{kind}"] for kind in ("warmup", "sft", "grpo", "eval")]
     lines.append(f"{'seconds':24}" + "".join(f"{s:10.1f}" for s in [*seconds, summary["seconds"]]))
+    if summary["bad_steps"] or summary["reward_failures"]:
+        dropped, failed = summary["bad_steps"], summary["reward_failures"]
+        lines += ["", f"steps dropped: {dropped}; completions for which the verifier failed: {failed}"]
     return "\n".join([*lines, "", *score_table(summary["scores"], "final evaluation"), f"written to {summary['out']}"])
 
 
@@ -1466,9 +1563,10 @@ GROUPS = {  # the first field of each group of flags in --help
 
 # What a resumed run may change without making the steps already taken untrue.
 RESUMABLE = (
-    *("steps", "decay_fraction", "lr_schedule", "save_every", "save_dtype", "out", "device"),
-    *("eval_every", "eval_examples", "eval_split", "eval_samples", "eval_temperature"),
-    *("rollout_memory", "offload_reference", "compile", "max_bad_steps", "reward_seconds", "reward_on_error"),
+    *("steps", "decay_fraction", "lr_schedule", "save_every", "save_dtype", "out", "device", "deterministic"),
+    *("eval_every", "eval_examples", "eval_samples", "eval_temperature", "max_bad_steps"),
+    *("tokens_per_microbatch", "gradient_checkpointing", "rollout_memory", "offload_reference", "compile"),
+    *("data", "reward_seconds", "reward_on_error"),  # data may be moved: a checkpoint knows its examples
 )
 
 
@@ -1545,28 +1643,36 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
             group = parser.add_argument_group(GROUPS[spec.name])
         shown = f"{spec.metadata['help']} (default {spec.default!r})".replace("%", "%%")
         if spec.type == "bool":
-            group.add_argument(flag_name(spec), action=argparse.BooleanOptionalAction, help=shown)
+            group.add_argument(flag_name(spec.name), action=argparse.BooleanOptionalAction, help=shown)
         else:
             kind = {"int": int, "float": float, "str": str}[spec.type]
             choices = spec.metadata["choices"]
             metavar = None if choices else spec.type.upper()
-            group.add_argument(flag_name(spec), type=kind, choices=choices or None, metavar=metavar, help=shown)
+            group.add_argument(flag_name(spec.name), type=kind, choices=choices or None, metavar=metavar, help=shown)
     return parser.parse_args(argv)
 
 
-def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
-    """Configuration and folder of a run that goes on, in its own folder or in a branch (`--out`).
+def resumed_config(written: Config, checkpoint: Checkpoint | None, said: dict) -> Config:
+    """The configuration of a run that goes on: what its folder says, and what the person says now.
 
-    Raises ValueError naming a flag that would contradict the steps already taken.
+    The steps already taken were taken with the configuration in the checkpoint; ValueError names a flag that would
+    contradict them.
     """
-    folder = RunFolder(out)
-    old = Config.from_json(folder.read_json("config.json"), folder.path / "config.json")
-    for name, value in said.items():
-        if name not in RESUMABLE and value != getattr(old, name):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: a resumed run keeps its {getattr(old, name)!r}")
-    new = dataclasses.replace(old, **said)
-    found = folder.find_checkpoint()
-    done = found[1]["state"]["step"] if found else 0
+    new = dataclasses.replace(written, **said)
+    old, done, logged = written, 0, True
+    if checkpoint:
+        try:
+            old, state = Config(**checkpoint.state["config"]), State(**checkpoint.state["state"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{checkpoint.folder} is not of this version of the program ({error})") from None
+        done, logged = state.step, state.unlogged is None
+    changed = {}
+    for spec in dataclasses.fields(Config):
+        before, now = getattr(old, spec.name), getattr(new, spec.name)
+        if before != now and spec.name not in RESUMABLE:
+            raise ValueError(f"{flag_name(spec.name)} {now}: a resumed run keeps its {before!r}")
+        if before != now and spec.name != "out":
+            changed[spec.name] = f"{flag_name(spec.name)} {now}"
     if done > total_steps(new):
         raise ValueError(f"--steps {new.steps}: the run has already taken {done - new.warmup_steps}")
     if any(learning_rate(old, step) != learning_rate(new, step) for step in range(1, done + 1)):
@@ -1580,75 +1686,89 @@ def resumed(out: str, said: dict) -> tuple[Config, RunFolder]:
         before, after = ([c.sft_probability(t) for t in range(decided)] for c in controllers)
         if before != after:
             raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")
-    if "out" in said and Path(new.out).resolve() != folder.path.resolve():
-        folder = folder.branch_to(new.out)
-    with folder.locked():
-        folder.write_json("config.json", dataclasses.asdict(new))
-    changed = [f"--{key.replace('_', '-')} {value}" for key, value in said.items() if value != getattr(old, key)]
+    idle = [text for name, text in changed.items() if name not in ("save_dtype", "device")]
+    if idle and done == total_steps(new) and logged:
+        raise ValueError(
+            f"{', '.join(idle)}: the run has finished, so nothing would come of it; more --steps let it go on, and "
+            f"--eval-only --model {Path(written.out) / 'model'} grades it anew"
+        )
     if changed:
-        print(f"resuming with {', '.join(changed)}", file=sys.stderr)
-    return new, folder
+        say(f"resuming with {', '.join(changed.values())}")
+    return new
 
 
-def evaluate_only(config: Config) -> str:
-    """Grade --model, write the answers to OUT/samples.jsonl and the scores to OUT/summary.json, and show a table."""
+def evaluate_only(config: Config) -> None:
+    """Grade --model: show a table, then write the answers to OUT/samples.jsonl and the scores to OUT/summary.json."""
     if not config.model:
         raise ValueError("--eval-only needs --model, a checkpoint directory")
     config = dataclasses.replace(config, warmup_steps=0, steps=0)
+    folder = RunFolder(config.out or default_out(config, "eval"))
+    folder.check_unused()
     trainer = Trainer(config)
     if not trainer.task.evaluated:
         raise ValueError(f"task {config.task}: there are no {config.eval_split} examples to evaluate")
-    folder = RunFolder(config.out or default_out(config, "eval"))
-    folder.create(dataclasses.asdict(config) | {"out": str(folder.path)})
     for line in left_out(trainer.setting):
         trainer.progress.say(line)
     with trainer.progress:
         scores = trainer.evaluate()
-    folder.write_jsonl("samples.jsonl", trainer.answers)
-    folder.write_json("summary.json", scores | {"task": config.task, "model": config.model, "seed": config.seed})
     examples = trainer.task.evaluated[: config.eval_examples]
-    title = f"{config.task}, {len(examples)} {config.eval_split} examples"
-    return "\n".join([*score_table(scores, title), f"written to {folder.path}"])
+    print("\n".join(score_table(scores, f"{config.task}, {len(examples)} {config.eval_split} examples")), flush=True)
+    with folder.locked():
+        folder.write_jsonl("samples.jsonl", trainer.answers)
+        about = {"reward_failures": trainer.state.reward_failures, "config": dataclasses.asdict(config)}
+        folder.write_json("summary.json", scores | about | provenance(trainer.device))
+    print(f"written to {folder.path}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done; 2: bad input; 1: a fault; 130 or 143: interrupted and saved. Each of them is one line."""
+    """Exit code 0: done; 2: bad input; 1: a fault; 129, 130 or 143: interrupted and saved. Each of them is one line."""
     said = vars(parse_flags(argv))
     debug = said.pop("debug", False)
     try:
-        print(run_command(said))
+        run_command(said)
+        sys.stdout.flush()
         return 0
     except Stopped as stopped:
-        print(f"stopped and saved; go on with: python sasr.py --resume {stopped.folder}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("\nsasr.py: interrupted; the last checkpoint, if there was one, is intact", file=sys.stderr)
+        say("\nsasr.py: interrupted")
         return 130
+    except BrokenPipeError:  # who read our output has gone, which Python would complain of once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if debug:
             traceback.print_exc()
-        bad_input = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError))
+        bad_input = isinstance(error, BAD_INPUT)
         ours = bad_input or isinstance(error, (Fault, OSError))
         text = " ".join(str(error).split()) if ours else f"{type(error).__name__}: {error}"
-        print(f"sasr.py: {text}{'' if ours or debug else ' (--debug shows where)'}", file=sys.stderr)
+        say(f"sasr.py: {text}{'' if ours or debug else ' (--debug shows where)'}")
         return 2 if bad_input else 1
 
 
-def run_command(said: dict) -> str:
-    """Do what the flags ask for; returns what is to be said at the end."""
-    resume, eval_only, dry_run = said.pop("resume", None), said.pop("eval_only", False), said.pop("dry_run", False)
-    modes = {"--resume": resume, "--eval-only": eval_only, "--dry-run": dry_run}
-    if sum(map(bool, modes.values())) > 1:
+BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def run_command(said: dict) -> None:
+    """Do what the flags ask for, and print what came of it."""
+    resumes, eval_only, dry_run = said.pop("resume", None), said.pop("eval_only", False), said.pop("dry_run", False)
+    modes = {"--resume": resumes is not None, "--eval-only": eval_only, "--dry-run": dry_run}
+    if sum(modes.values()) > 1:
         raise ValueError(f"{' and '.join(mode for mode, asked in modes.items() if asked)}: choose one")
-    if resume and "preset" in said:
-        raise ValueError(f"--preset {said['preset']}: a resumed run keeps its values; name the flags to change")
-    said = PRESETS[said.pop("preset", "kk-tiny")] | said
+    if resumes is not None:
+        if "preset" in said:
+            raise ValueError(f"--preset {said['preset']}: a resumed run keeps its values; name the flags to change")
+        if not resumes:
+            raise ValueError("--resume '': name the folder of a run")
+        print(closing_table(resume(resumes, said)))
+        return
+    config = Config(**PRESETS[said.pop("preset", "kk-tiny")] | said)
     if dry_run:
-        return dry_run_report(Setting(Config(**said)))
-    if eval_only:
-        return evaluate_only(Config(**said))
-    config, folder = resumed(resume, said) if resume else (Config(**said), None)
-    return closing_table(train(config, resume=folder))
+        print(dry_run_report(Setting(config)))
+    elif eval_only:
+        evaluate_only(config)
+    else:
+        print(closing_table(train(config)))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,16 @@ STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 def read_summary(run: Path) -> dict | None:
     file = run / "summary.json"
-    if not (run / "config.json").is_file():
+    if not (file.is_file() or (run / "config.json").is_file()):
         raise ValueError(f"{run} is not the folder of a run")
-    if not file.is_file():
-        print(f"compare.py: {run} has not finished and is left out", file=sys.stderr)
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    reason = "has not finished" if summary is None else "trained nothing" if "controller" not in summary else ""
+    if not reason and not {"accuracy_warmup", "accuracy_final"} <= set(summary):
+        reason = "was not evaluated"
+    if reason:
+        print(f"compare.py: {run} {reason} and is left out", file=sys.stderr)
         return None
-    return json.loads(file.read_text(encoding="utf-8"))
+    return summary
 
 
 def interval(values: list[float]) -> float | None:

@@ -31,7 +31,8 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.pop(1)  # this folder, which Python put there: its rollout.py is not the sampler
+if sys.path[1] == str(Path(__file__).resolve().parent):  # Python put it there: its rollout.py is not the sampler
+    sys.path.pop(1)
 
 import torch
 from tokenizers import Tokenizer

@@ -29,8 +29,9 @@ def load_task(
 ) -> Task:
     """Generate a task, or read its published records from a folder with train.jsonl and test.jsonl (or .json).
 
-    Options are the keyword arguments of the module's functions. One of the two files may be missing: that split is
-    then empty. With `skip_bad_lines`, records that cannot be read are left out and told in `Task.skipped`.
+    Options are the keyword arguments of the module's functions; numbers may come as text. One of the two files may be
+    missing: that split is then empty. With `skip_bad_lines`, records that cannot be read are left out and told in
+    `Task.skipped`.
     Raises ValueError naming an unknown task or option, the files that are missing, or the place of a bad record.
     """
     if name not in TASKS:
@@ -39,11 +40,16 @@ def load_task(
     if path is None and not hasattr(module, "generate"):
         raise ValueError(f"task {name} needs --data, a folder with train.jsonl and test.jsonl: {module.PUBLISHED}")
     source = module.generate if path is None else module.parse_record
-    known = list(dict.fromkeys([*options_of(source), *options_of(module.grade)]))  # some serve both
-    for key in options:
+    known = options_of(source) | options_of(module.grade)  # some serve both
+    for key, value in options.items():
         if key not in known:
             where = "" if path is None else " with a data folder"
             raise ValueError(f"task {name}{where} has no option {key!r}; known: {', '.join(known) or 'none'}")
+        if isinstance(value, str) and "int" in known[key]:
+            try:
+                options[key] = int(value)
+            except ValueError:
+                raise ValueError(f"task {name}: {key} must be a whole number, got {value!r}") from None
 
     def with_options(function: Callable) -> Callable:
         return partial(function, **{key: options[key] for key in options_of(function) if key in options})
@@ -51,6 +57,9 @@ def load_task(
     skipped: list[str] = []
     if path is None:
         train, test = with_options(source)(seed)
+    elif not Path(path).is_dir():
+        what = "a file, not a folder" if Path(path).exists() else "no such folder"
+        raise ValueError(f"{path}: {what}; it should have train.jsonl and test.jsonl: {module.PUBLISHED}")
     else:
         bad = skipped if skip_bad_lines else None
         train, test = (read_split(Path(path), split, with_options(source), bad) for split in ("train", "test"))
@@ -64,5 +73,7 @@ def load_task(
     return task
 
 
-def options_of(function: Callable) -> list[str]:
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+def options_of(function: Callable) -> dict[str, str]:
+    """Names of the keyword-only parameters, and their annotations as text."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: str(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -20,7 +20,7 @@ from .isolated import Child, answer_requests
 
 SECONDS = 10.0  # that a template may take for AT_ONCE conversations; an ordinary one takes a hundredth
 AT_ONCE = 1000
-MEMORY = 2**31  # bytes of the process that renders
+MEMORY = 2**29  # bytes of the process that renders
 LONGEST = 100_000  # characters of a template; published ones have a tenth
 MOST = 50_000_000  # characters that it makes of AT_ONCE conversations
 

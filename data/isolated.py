@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import select
 import signal
@@ -25,6 +24,7 @@ from pathlib import Path
 from .task import Example, Grade, load_reward
 
 CHILD = "import sys; sys.path.insert(0, {root!r}); from {module} import {serve}; {serve}({description!r})"
+IMPORT_SECONDS = 30.0  # more, for the child to begin to serve
 SHOWN = 5  # failures that are printed, of a run
 
 
@@ -47,10 +47,9 @@ class Child:
         try:
             if self.process is None:
                 self.start()
-            deadline = time.monotonic() + self.seconds
             line = json.dumps(request).encode() + b"\n"
             threading.Thread(target=write, args=(self.process.stdin, line), daemon=True).start()  # it may not read
-            return self._answer(deadline)
+            return self._answer(self.seconds)
         except (TimeoutError, OSError, ValueError) as error:
             self.close()
             return {"error": str(error)}
@@ -61,19 +60,20 @@ class Child:
             [sys.executable, "-c", self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         try:
-            ready = self._answer(time.monotonic() + 30 + self.seconds)  # imports may take a while
+            ready = self._answer(IMPORT_SECONDS + self.seconds)
         except (TimeoutError, OSError) as error:
             ready = {"error": f"it did not begin to serve: {error}"}
         if "error" in ready:
             self.close()
             raise ValueError(ready["error"])
 
-    def _answer(self, deadline: float) -> dict:
+    def _answer(self, seconds: float) -> dict:
+        deadline = time.monotonic() + seconds
         parts: list[bytes] = []
         while not (parts and parts[-1].endswith(b"\n")):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                raise TimeoutError(f"took more than {self.seconds:g} s")
+                raise TimeoutError(f"took more than {seconds:g} s")
             parts.append(os.read(self.process.stdout.fileno(), 65536))
             if not parts[-1]:
                 raise OSError(f"ended its process (exit code {self.process.wait()})")
@@ -111,7 +111,11 @@ class IsolatedVerifier:
         description = json.dumps({"task": task, "options": options, "reward": reward})
         self.child = Child("data.isolated", "serve_verifier", description, seconds=seconds)
         self.name, self.on_error, self.failures = reward or options.get("verifier", task), on_error, 0
-        self.child.start()
+        try:
+            self.child.start()
+        except ValueError as error:
+            named = "" if self.name in str(error) else f"the verifier {self.name}: "
+            raise ValueError(f"{named}{error}") from None
 
     def __call__(self, completion: str, example: Example) -> Grade:
         answer = self.child.ask({"completion": completion, "example": dataclasses.asdict(example)})
@@ -123,8 +127,9 @@ class IsolatedVerifier:
             raise RuntimeError(message)
         if self.failures <= SHOWN:
             more = "; further ones are only counted" if self.failures == SHOWN else ""
-            print(f"{message}; it counts as {self.on_error}{more}", file=sys.stderr)
-        return Grade(float(self.on_error), correct=False, well_formed=False)
+            with contextlib.suppress(OSError):  # standard error may have been closed
+                print(f"{message}; it counts as {self.on_error}{more}", file=sys.stderr)
+        return Grade(float(self.on_error), correct=False, well_formed=False, failed=True)
 
 
 # ----------------------------------------------------------------------------- in the other process
@@ -137,7 +142,7 @@ def answer_requests(make: Callable[[], Callable[[dict], dict]]) -> None:
     """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    os.close(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
     def reply(said: dict) -> None:
@@ -178,8 +183,6 @@ def make_verifier(wanted: dict) -> Callable[[dict], dict]:
 
     def grade_of(request: dict) -> dict:
         grade = dataclasses.asdict(verify(request["completion"], Example(**request["example"])))
-        if not math.isfinite(grade["reward"]):
-            raise ValueError(f"returned the reward {grade['reward']}")
         return grade | {"reward": float(grade["reward"])}
 
     return grade_of

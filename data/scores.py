@@ -18,7 +18,14 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def bootstrap_interval(values: list[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean over problems, were the problems drawn again from those at hand."""
+    """95% percentile interval of the mean over problems, were the problems drawn again from those at hand.
+
+    Where all values are 0, or all 1, that would have no width, and seem certain: then it is the binomial interval of
+    Clopper and Pearson (1934), of that many failures or successes in as many trials.
+    """
+    if set(values) in ({0.0}, {1.0}):
+        most = 0.025 ** (1 / len(values))  # a success rate at which so many in a row have a chance of 2.5%
+        return (most, 1.0) if values[0] else (0.0, 1 - most)
     rng = np.random.default_rng([seed, len(values)])
     values = np.asarray(values, dtype=np.float64)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
@@ -30,8 +37,8 @@ def scores_of(examples: list[Example], greedy: list[Grade], sampled: list[list[G
     """Shares from 0 to 1 over examples, of their greedy grades and of any number of sampled ones each.
 
     `accuracy`, with `accuracy_low` and `accuracy_high`; `accuracy_flexible`, where the task has a looser reading;
-    `accuracy/GROUP`, where examples are of more than one level or size; `pass@k` for k = 1, 2, 4, ..., with its
-    interval. Of no examples there are no scores.
+    `accuracy/GROUP`, where examples are of more than one level or size; `pass@k` for k = 1, 2, 4, ... and all
+    samples, with its interval. Of no examples there are no scores.
     """
     if not examples:
         return {}
@@ -45,7 +52,7 @@ def scores_of(examples: list[Example], greedy: list[Grade], sampled: list[list[G
     if len(groups) > 1:
         scores |= {f"accuracy/{group or 'other'}": mean(values) for group, values in sorted(groups.items())}
     samples = len(sampled[0]) if sampled else 0
-    for k in (2**i for i in range(samples.bit_length())):
+    for k in sorted({2**i for i in range(samples.bit_length())} | {samples} - {0}):
         chances = [pass_at_k(samples, sum(grade.correct for grade in grades), k) for grades in sampled]
         scores |= with_interval(f"pass@{k}", chances, seed)
     return scores

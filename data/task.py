@@ -35,6 +35,7 @@ class Grade:
     correct: bool
     well_formed: bool
     flexible: bool | None = None  # correct for a reader who looks harder for the answer, where the task has one
+    failed: bool = False  # the verifier itself raised, hung or died, so that the reward is not its own
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,16 @@ def required_text(record: dict, field: str) -> str:
 # ---- A reward of the user's own --------------------------------------------------------------------------------------
 
 
+MOST_REWARD = 1e9  # more, squared and summed over a group, would leave fp32
+
+
 def load_reward(spec: str) -> Callable[[str, Example], Grade]:
     """The verifier that MODULE:FUNCTION or path/to/FILE.py:FUNCTION names, called with a completion and its example.
 
-    It returns a Grade, or a finite number: the reward, which counts as correct from 1 on. As with `python -m MODULE`
-    and `python FILE.py`, a module may stand in the current directory, and a file may import those beside it.
-    Raises ValueError with one line that names the spec; so does the verifier when the function returns anything else.
-    What the function itself raises is not caught.
+    It returns a Grade, or a number: the reward, at most MOST_REWARD either way, which counts as correct from 1 on. As
+    with `python -m MODULE` and `python FILE.py`, a module may stand in the current directory, and a file may import
+    those beside it, also later: that folder stays at the end of sys.path. Raises ValueError with one line that names
+    the spec; so does the verifier when the function returns anything else. What the function raises is not caught.
     """
     place, _, name = spec.rpartition(":")
     if not (place and name):
@@ -149,6 +153,7 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
     function = getattr(module, name)
     if not callable(function):
         raise ValueError(f"reward {spec!r}: {name!r} must be a function, got {one_line(repr(function))}")
+    sys.path.append(beside)  # at the end, where it hides nothing
 
     def verify(completion: str, example: Example) -> Grade:
         result = function(completion, example)
@@ -157,11 +162,9 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
             number = math.nan if isinstance(reward, (str, bytes)) else float(reward)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
             number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(
-                f"reward {spec!r}: expected a Grade or a finite number, got {one_line(repr(result))} "
-                f"for the completion {completion[:80]!r}"
-            )
+        if not abs(number) <= MOST_REWARD:  # NaN is not, either
+            wanted = f"a Grade or a finite number of at most {MOST_REWARD:g}"
+            raise ValueError(f"reward {spec!r}: expected {wanted}, got {one_line(repr(result))}")
         return result if isinstance(result, Grade) else Grade(number, correct=number >= 1, well_formed=True)
 
     return verify

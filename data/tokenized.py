@@ -56,7 +56,9 @@ class TokenizedTask:
         self.demonstrations = [(prompt, completion) for prompt, completion in fitting if len(prompt) <= longest_prompt]
         self.dropped = {"prompts": len(prompts) - len(kept), "demonstrations": len(shown) - len(self.demonstrations)}
         self._shortest_prompt = min(map(len, prompts), default=0)
-        self._prompt_limit = max(longest_prompt, 0)
+        self._prompt_limit = f"{max(longest_prompt, 0)} allowed beside {self.max_new_tokens} new"
+        if context < math.inf:
+            self._prompt_limit += f", in a context of {context}"
         self._shortest_demonstration = min(shown, key=lambda pair: len(pair[1]), default=([], []))
         eval_prompts = codec.encode_prompts(e.prompt for e in self.evaluated)
         self.eval_prompts = [prompt if len(prompt) <= longest_prompt else None for prompt in eval_prompts]
@@ -64,12 +66,24 @@ class TokenizedTask:
     def check_prompts(self) -> None:
         """Raises ValueError where no training prompt is left."""
         if not self.source.train:
-            raise ValueError(f"task {self.source.name}: there are no training examples")
+            raise ValueError(
+                f"task {self.source.name}: there are no training examples, no train.jsonl (or .json) in --data; "
+                "--eval-only does without"
+            )
         if not self.train:
             raise ValueError(
                 f"task {self.source.name}: all {self.dropped['prompts']} training prompts are too long (the shortest "
-                f"has {self._shortest_prompt} tokens, {self._prompt_limit} allowed beside {self.max_new_tokens} new); "
-                "raise --max-prompt-tokens or lower --max-new-tokens"
+                f"has {self._shortest_prompt} tokens, {self._prompt_limit}); raise --max-prompt-tokens or lower "
+                "--max-new-tokens"
+            )
+
+    def check_evaluated(self, examples: int) -> None:
+        """Raises ValueError where of the first so many prompts to evaluate none fits."""
+        asked = self.eval_prompts[:examples]
+        if asked and not any(asked):
+            raise ValueError(
+                f"task {self.source.name}: all {len(asked)} prompts to evaluate are too long "
+                f"({self._prompt_limit}); raise --max-prompt-tokens or lower --max-new-tokens"
             )
 
     def check_demonstrations(self) -> None:

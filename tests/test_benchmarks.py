@@ -66,6 +66,13 @@ def test_compare_groups_seeds_and_gives_intervals_by_hand(tmp_path, capsys):
     assert compare.main([str(tmp_path / name) for name in "01"]) == 0
     captured = capsys.readouterr()
     assert "has not finished" in captured.err
+    (tmp_path / "1/config.json").unlink()
+    for left_out, reason in (({"accuracy": 0.5}, "trained nothing"), ({"controller": "sasr"}, "was not evaluated")):
+        (tmp_path / "1/summary.json").write_text(json.dumps(left_out))
+        assert compare.main([str(tmp_path / name) for name in "01"]) == 0
+        assert f"1 {reason} and is left out" in capsys.readouterr().err
+    assert compare.main([str(tmp_path / "0")]) == 0
+    captured = capsys.readouterr()
     assert json.loads(captured.out.splitlines()[-1])["sasr on t"]["seeds"] == [0]
 
 

@@ -1405,6 +1405,15 @@ def test_a_conversation_remembers_what_was_said(system, parrot, prompts, monkeyp
     assert capsys.readouterr().out.count(codec.opening + SAID + "\n--- ") == 3
 
 
+def test_a_conversation_that_outgrows_the_context_begins_again(tmp_path, prompts, monkeypatch, capsys):
+    scripted(tmp_path, FAMILIES["qwen2"], "raw")
+    converse(monkeypatch, ["x", "yes " * 5000, "yes x"])
+    say(tmp_path, "--prompt-format", "raw")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert prompts == [tokenizer("x")["input_ids"], tokenizer("yes x")["input_ids"]]
+    assert re.search(r"exceed the model's context of \d+; the conversation begins again\n", capsys.readouterr().err)
+
+
 def test_an_empty_line_does_not_end_a_conversation(tmp_path, prompts, monkeypatch, capsys):
     scripted(tmp_path, FAMILIES["qwen2"], "raw")
     converse(monkeypatch, ["x", "", "yes x"])

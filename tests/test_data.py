@@ -89,7 +89,8 @@ def test_without_any_record_the_error_names_the_files_and_where_they_are_publish
     if content is not None:
         folder.mkdir()
         (folder / "train.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"data: neither train\.jsonl nor test\.jsonl") as error:
+    reason = "no such folder; it should have" if content is None else "neither"
+    with pytest.raises(ValueError, match=rf"data: {reason} train\.jsonl (nor|and) test\.jsonl") as error:
         load_task(name, folder)
     assert TASKS[name].PUBLISHED in str(error.value)
     assert "\n" not in str(error.value)
@@ -297,6 +298,7 @@ def test_a_record_of_any_json_loads_or_is_named(name, data):
 def here(tmp_path, monkeypatch):
     """An empty current directory that is not on sys.path; what is imported from there is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     for name, module in list(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
@@ -321,8 +323,19 @@ def test_a_function_of_a_file_and_of_a_module(here):
         assert verify("", EXAMPLE) == Grade(0.0, correct=False, well_formed=True)
         assert verify("1 + 1", EXAMPLE) == Grade(1.0, correct=True, well_formed=True)
         assert verify("1 + 1 = 2!", EXAMPLE) == Grade(2.0, correct=True, well_formed=True)
-    assert sys.path == path
+    assert sys.path[: len(path)] == path
     assert load_reward("math:dist")([1.0], [1.0]).reward == 0.0
+
+
+def test_a_function_may_import_its_neighbours_when_it_is_called(here):
+    write_module(here / "lib/helper_imported_late.py", "HALF = 0.5")
+    source = """
+        def reward(completion, example):
+            from helper_imported_late import HALF
+            return HALF
+    """
+    write_module(here / "lib/own.py", source)
+    assert load_reward("lib/own.py:reward")("", EXAMPLE).reward == 0.5
 
 
 def test_a_file_may_import_its_neighbours_define_dataclasses_and_be_named_like_any_module(here):
@@ -382,6 +395,8 @@ def test_a_number_or_a_grade_is_a_reward(here, result, grade):
         "float('nan')",
         "float('inf')",
         "10**400",
+        "1e300",
+        "-2e9",
         "__import__('torch').zeros(2)",
         "__import__('numpy').zeros((2, 2))",
         "reward",
@@ -390,12 +405,11 @@ def test_a_number_or_a_grade_is_a_reward(here, result, grade):
         "Grade",
     ],
 )
-def test_anything_else_is_an_error_that_shows_the_completion(here, result):
+def test_anything_else_is_an_error(here, result):
     write_module(here / "own.py", f"from data import Grade\ndef reward(completion, example): return {result}\n")
-    reason = "reward 'own.py:reward': expected a Grade or a finite number, got "
+    reason = "reward 'own.py:reward': expected a Grade or a finite number of at most 1e+09, got "
     with pytest.raises(ValueError, match=re.escape(reason)) as error:
         load_reward("own.py:reward")("two\nlines " + "x" * 1000, EXAMPLE)
-    assert r"for the completion 'two\nlines xxx" in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 

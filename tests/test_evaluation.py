@@ -349,7 +349,7 @@ def test_rewards_go_to_the_example_of_their_prompt_although_some_were_dropped(mo
     for prompt, example in zip(trainer.task.train_prompts, trainer.task.train, strict=True):
         assert codec.decode([prompt]) == [example.prompt]
     spoken = [[*codec.encode(letter), *codec.stop_token_ids] for letter in ("c", "a", "e", "c", "e", "a")]
-    rewards = trainer._rewards(spoken, [1, 2])  # of the prompts c and e, three completions each
+    rewards, _ = trainer._rewards(spoken, [1, 2])  # of the prompts c and e, three completions each
     assert rewards.tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
@@ -358,7 +358,7 @@ def test_each_kind_of_loss_is_told(monkeypatch):
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch, **limits)
     assert sasr.left_out(trainer.setting) == [
         "dropped 3 prompts of echo that are too long",
-        "dropped 4 demonstrations of echo that are too long",
+        "dropped 4 demonstrations of echo that are too long, or whose prompts are",
         "1 test prompts are too long and count as wrong answers",
     ]
     assert "dropped 3 prompts of echo" in sasr.headline(trainer, Path("x"))
@@ -385,12 +385,12 @@ def test_prompts_that_do_not_fit_are_wrong_answers_whatever_the_verifier_says(mo
     assert said == expected
 
 
-def test_an_evaluation_in_which_no_prompt_fits_is_all_wrong_also_with_a_reference_policy(monkeypatch):
-    task = dataclasses.replace(echo_task(), test=[Example("x" * 40, "")])
-    trainer = trainer_on(task, byte_codec(), monkeypatch, max_prompt_tokens=20)
-    assert trainer.evaluate()["accuracy"] == 0.0
-    trainer.reference = trainer._frozen_copy()
-    assert trainer.evaluate()["accuracy"] == 0.0
+def test_an_evaluation_in_which_no_prompt_fits_is_refused(monkeypatch):
+    task = dataclasses.replace(echo_task(), test=[Example("x" * 40, ""), Example("x", "")])
+    reason = "all 1 prompts to evaluate are too long (20 allowed beside 8 new)"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        trainer_on(task, byte_codec(), monkeypatch, max_prompt_tokens=20, eval_examples=1)
+    assert trainer_on(task, byte_codec(), monkeypatch, max_prompt_tokens=20).evaluate()["accuracy"] < 1
 
 
 def test_an_out_of_domain_task_without_examples_is_not_scored(monkeypatch):
@@ -417,7 +417,8 @@ def records(tmp_path):
 
 def test_a_checkpoint_is_trained_from_the_command_line_and_resumed(checkpoint, records, tmp_path, capsys, monkeypatch):
     lines = []
-    monkeypatch.setattr(sasr.Progress, "say", lambda self, text: lines.append(text))
+    said_before = sasr.Progress.say
+    monkeypatch.setattr(sasr.Progress, "say", lambda self, text: (lines.append(text), said_before(self, text)))
     (records / "train.jsonl").write_text((records / "train.jsonl").read_text() + '{"prompt": "no answer"}\n')
     reward = tmp_path / "mine.py"
     reward.write_text("def by_length(completion, example):\n    return 10 + len(completion) % 3 / 4\n")
@@ -510,7 +511,7 @@ def test_logic_rl_gives_full_marks_to_a_model_whose_thinking_was_opened_for_it(c
     wrong = right.answer.replace("knight", "k").replace("knave", "knight").replace("a k\n", "a knave\n")
     wrong = wrong if not wrong.endswith("a k") else wrong[:-1] + "knave"
     spoken = [completion(right.answer), completion(wrong), completion(other.answer), trainer.codec.encode("none")]
-    rewards = trainer._rewards(spoken, [1, 2])
+    rewards, _ = trainer._rewards(spoken, [1, 2])
     assert rewards[0, 0] == rewards[1, 0] == reward
     assert rewards[0, 1] == (-0.5 if opened else -3.0)
     assert rewards[1, 1] == -3.0
@@ -539,7 +540,7 @@ def configurations(monkeypatch):
     """Collects what main would have trained, without doing so."""
     seen = []
 
-    def train(config, resume=None):
+    def train(config):
         seen.append(config)
         raise ValueError("enough")
 
@@ -589,7 +590,7 @@ def test_a_preset_without_its_records_says_where_they_are_published(tmp_path, mo
     assert sasr.main(["--preset", preset, "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith(f"sasr.py: {sasr.PRESETS[preset]['data']}: neither train.jsonl nor test.jsonl")
+    assert said.startswith(f"sasr.py: {sasr.PRESETS[preset]['data']}: no such folder; it should have train.jsonl")
     assert re.search(source, said)
     assert not list(tmp_path.iterdir())
 

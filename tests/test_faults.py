@@ -6,6 +6,9 @@ import json
 import math
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_rollout import PROMPTS, random_model
 from test_run import config, lines, weights
 
 import rollout
@@ -103,10 +107,11 @@ def same_run(a: Path, b: Path) -> None:
     assert lines(a) == lines(b)
     for file in ("model/model.safetensors", "samples.jsonl"):
         assert (a / file).read_bytes() == (b / file).read_bytes()
-    (saved, state), (again, state_again) = RunFolder(a).load_checkpoint(), RunFolder(b).load_checkpoint()
+    found = [RunFolder(out).find_checkpoint() for out in (a, b)]
+    saved, again = (checkpoint.tensors() for checkpoint in found)
     assert set(saved) == set(again)
     assert all(torch.equal(saved[name], again[name]) for name in saved)
-    assert state["controller"] == state_again["controller"]
+    assert found[0].state["controller"] == found[1].state["controller"]
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +187,26 @@ def flip_a_bit(file: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, capsys, name, damage):
     folder = two_checkpoints(tmp_path / "run")
     damage(tmp_path / "run/checkpoint" / name)
-    tensors, state = folder.load_checkpoint()
-    assert (tensors["w"][0], state["value"]) == (1, 1)
+    checkpoint = folder.find_checkpoint()
+    assert (checkpoint.tensors()["w"][0], checkpoint.state["value"]) == (1, 1)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert str(tmp_path / "run/checkpoint") in said
     damage(tmp_path / "run/checkpoint.old" / name)
     with pytest.raises(ValueError, match="checkpoint cannot be used") as error:
-        folder.load_checkpoint()
+        folder.find_checkpoint()
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_that_is_whole(tmp_path):
+    folder = two_checkpoints(tmp_path / "run")
+    flip_a_bit(tmp_path / "run/checkpoint/tensors.safetensors")
+    folder.rewind(folder.find_checkpoint())
+    assert (tmp_path / "run/checkpoint.damaged").is_dir()
+    folder.save_checkpoint({"w": torch.full((50,), 3.0)}, {"value": 3})
+    for value in (3, 1):
+        assert folder.find_checkpoint().state["value"] == value
+        shutil.rmtree(tmp_path / "run/checkpoint", ignore_errors=True)
 
 
 def test_checksums_are_those_of_sha256sum(tmp_path):
@@ -230,6 +246,40 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_intact(t
     assert not (out / "checkpoint.tmp").exists()
     assert RunFolder(out).find_checkpoint() is not None
     assert sasr.main(["--resume", str(out)]) == 0
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+def test_what_the_system_refuses_to_write_is_named_and_tidied_up(tmp_path, name):
+    """A limit on the size of files: real errors, of safetensors and of Python."""
+    folder = two_checkpoints(tmp_path)
+    tensors = {"w": torch.ones(50_000 if name == "tensors.safetensors" else 1)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "checkpoint"))):
+            folder.save_checkpoint(tensors, {"value": "x" * 200_000})
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "summary.json"))):
+            folder.write_json("summary.json", {"value": "x" * 200_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert folder.find_checkpoint().state["value"] == 2
+
+
+def test_scores_are_shown_although_they_cannot_be_written(tmp_path, monkeypatch, capsys):
+    sasr.train(config(tmp_path / "x", steps=0))
+    capsys.readouterr()
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "_write", full_disk)
+    task = config(tmp_path).task
+    arguments = ["--eval-only", "--model", str(tmp_path / "x/model"), "--task", task, "--out", str(tmp_path / "y")]
+    assert sasr.main([*arguments, "--eval-examples", "4", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "accuracy" in captured.out
+    assert captured.err.splitlines()[-1] == "sasr.py: [Errno 28] No space left on device"
 
 
 def test_half_a_line_of_the_metrics_is_taken_back(tmp_path, monkeypatch):
@@ -312,7 +362,8 @@ def test_too_many_bad_steps_stop_the_run_and_keep_the_batch(tmp_path, monkeypatc
     assert sasr.main(arguments) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sasr.py: ")]
     assert len(errors) == 1
-    assert "step 9: loss or gradient not finite" in errors[0]
+    reason = "loss or gradient not finite" if controller == "sft" else "the sampler's probabilities are not finite"
+    assert f"step 9: {reason} (bad steps in a row: 3)" in errors[0]
     batch = json.loads((out / "bad_batch.json").read_text())
     assert batch["step"] == 9
     assert len(batch["prompts"]) == len(batch["completion_ids"]) > 0
@@ -364,8 +415,6 @@ def test_out_of_memory_with_a_single_sequence_is_an_error(tmp_path, monkeypatch)
 
 
 def test_out_of_memory_in_the_rollout_shrinks_the_wave_and_draws_the_same(monkeypatch):
-    from test_rollout import PROMPTS, random_model
-
     model, params = random_model(), rollout.SamplingParams(12)
     expected = rollout.generate(model, PROMPTS, params, group_size=4, generator=torch.Generator().manual_seed(3))
     original = rollout.Sampler.__init__
@@ -424,10 +473,10 @@ EXAMPLE = Example("four", "a")
         ("sleep", "took more than 1 s"),
         ("die", "exit code 7"),
         ("leave", "raised SystemExit"),
-        ("nan", "finite number, got nan"),
-        ("list", "finite number, got [1, 2]"),
-        ("text", "finite number, got '1'"),
-        ("none", "finite number, got None"),
+        ("nan", "1e+09, got nan"),
+        ("list", "1e+09, got [1, 2]"),
+        ("text", "1e+09, got '1'"),
+        ("none", "1e+09, got None"),
     ],
 )
 def test_a_reward_that_fails_is_reported_with_its_completion_and_counted(reward_file, capsys, completion, reason):
@@ -452,6 +501,45 @@ def test_the_time_out_works_off_the_main_thread(reward_file):
     assert [grade.reward for grade in grades] == [-1]
 
 
+def test_failures_are_counted_in_metrics_and_summary(tmp_path, capsys):
+    (tmp_path / "reward.py").write_text(
+        "def reward(completion, example):\n    return None if len(completion) % 2 else len(completion)\n"
+    )
+    out, spec = tmp_path / "run", f"{tmp_path / 'reward.py'}:reward"
+    assert sasr.main([*flags_of(out), "--reward", spec, "--controller", "grpo", "--eval-samples", "4"]) == 0
+    counts = [record["reward_failures"] for record in lines(out) if record["kind"] == "grpo"]
+    assert 0 < sum(counts) < 6 * len(counts)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["reward_failures"] > sum(counts)  # evaluations, too
+    said = capsys.readouterr().out
+    assert f"completions for which the verifier failed: {summary['reward_failures']}\n" in said
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {len(s["completion"]) % 2 == 1 for s in samples if s["split"] == "test" and s["failed"]} == {True}
+
+
+def test_a_reward_that_always_fails_stops_the_run(tmp_path, capsys):
+    (tmp_path / "reward.py").write_text("def reward(completion, example):\n    return completion.length\n")
+    arguments = ["--reward", f"{tmp_path / 'reward.py'}:reward", "--controller", "grpo", "--max-bad-steps", "2"]
+    assert sasr.main([*flags_of(tmp_path / "run"), *arguments]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "step 5 is dropped: the verifier failed for every completion (bad steps so far: 1)" in said
+    assert said[-1].startswith("sasr.py: step 6: the verifier failed for every completion (bad steps in a row: 2)")
+    assert "'str' object has no attribute 'length'" in "".join(said)
+
+
+def test_a_reward_that_does_not_load_in_time_is_named(tmp_path, monkeypatch):
+    (tmp_path / "reward.py").write_text("import time\ntime.sleep(100)\n")
+    monkeypatch.setattr("data.isolated.IMPORT_SECONDS", 0.5)
+    with pytest.raises(ValueError, match=r"reward.py:f: it did not begin to serve: took more than 1.5 s"):
+        isolated(f"{tmp_path / 'reward.py'}:f")
+
+
+def test_a_reward_replaces_the_puzzles_verifier_and_so_their_sibling(tmp_path, reward_file):
+    plain = sasr.Config(device="cpu")
+    assert sasr.load_tasks(plain)[2] is not None
+    assert sasr.load_tasks(dataclasses.replace(plain, reward=reward_file))[2] is None
+
+
 def test_a_reward_may_be_asked_to_stop_the_run(reward_file):
     with pytest.raises(RuntimeError, match="raised KeyError"):
         isolated(reward_file, "stop")("raise", EXAMPLE)
@@ -463,7 +551,7 @@ def test_a_reward_that_cannot_be_loaded_is_an_error_before_training(tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", ["nan", "x", "", "inf"])
+@pytest.mark.parametrize("value", ["nan", "x", "", "inf", "1e300"])
 def test_reward_on_error_is_a_number_or_stop(value):
     with pytest.raises(ValueError, match="--reward-on-error"):
         sasr.Config(reward_on_error=value)
@@ -515,8 +603,6 @@ def test_the_summary_names_the_configuration_wherever_it_was_kept(tmp_path):
 
 
 def test_a_vocabulary_of_one_token_has_one_thing_to_say():
-    from test_rollout import random_model
-
     model = random_model(vocab_size=1)
     drawn = rollout.generate(model, [[0], [0, 0]], rollout.SamplingParams(3), group_size=2)
     assert drawn.completions == [[0, 0, 0]] * 4
@@ -557,7 +643,7 @@ def test_the_same_seed_gives_the_same_bits_with_deterministic_algorithms(tmp_pat
 
 def test_a_resume_says_what_it_changes(tmp_path, capsys):
     sasr.train(config(tmp_path / "x", steps=4, lr_schedule="constant"))
-    sasr.resumed(str(tmp_path / "x"), {"steps": 5, "save_every": 1, "group_size": 3})
+    sasr.resume(tmp_path / "x", {"steps": 5, "save_every": 1, "group_size": 3})
     assert "resuming with --steps 5, --save-every 1\n" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import run
@@ -93,7 +94,7 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     adaptive = {"p_sft", "alpha", "sft_norm", "sft_norm_age"}
     grpo = {"reward_mean", "reward_std", "zero_variance_fraction", "completion_length", "truncated_fraction"}
     grpo |= {"kl", "entropy", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean", "ratio_max"}
-    grpo |= {"sampler_gap"}
+    grpo |= {"sampler_gap", "reward_failures"}
     for record in records:
         wanted = everywhere | (adaptive if record["phase"] == "adaptive" else set())
         wanted |= grpo if record["kind"] == "grpo" else set()
@@ -155,9 +156,9 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path, monk
     monkeypatch.setattr(run, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         folder.save_checkpoint({"w": torch.zeros(2)}, {"state": 2})
-    tensors, state = folder.load_checkpoint()
-    assert tensors["w"].tolist() == [1, 1]
-    assert state["state"] == 1
+    checkpoint = folder.find_checkpoint()
+    assert checkpoint.tensors()["w"].tolist() == [1, 1]
+    assert checkpoint.state["state"] == 1
 
 
 def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tmp_path):
@@ -165,11 +166,11 @@ def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tmp_path):
     folder.create({})
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     os.rename(tmp_path / "checkpoint", tmp_path / "checkpoint.old")
-    assert folder.load_checkpoint()[0]["w"].tolist() == [1, 1]
+    assert folder.find_checkpoint().tensors()["w"].tolist() == [1, 1]
     folder.save_checkpoint({"w": torch.zeros(2)}, {})
-    assert folder.load_checkpoint()[0]["w"].tolist() == [0, 0]
+    assert folder.find_checkpoint().tensors()["w"].tolist() == [0, 0]
     shutil.rmtree(tmp_path / "checkpoint")
-    assert folder.load_checkpoint()[0]["w"].tolist() == [1, 1]  # the last two are kept
+    assert folder.find_checkpoint().tensors()["w"].tolist() == [1, 1]  # the last two are kept
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):
@@ -178,7 +179,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     (tmp_path / "checkpoint/tensors.safetensors").write_bytes(b"\0" * 5)
     with pytest.raises(ValueError, match=r"tensors\.safetensors has changed since it was written"):
-        folder.load_checkpoint()
+        folder.find_checkpoint()
 
 
 def test_the_progress_line_rewrites_itself_on_a_terminal_only():
@@ -199,6 +200,26 @@ def test_the_progress_line_rewrites_itself_on_a_terminal_only():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (90, "1:30"), (3725, "1:02:05")])
 def test_clock(seconds, text):
     assert run.clock(seconds) == text
+
+
+def test_a_closed_terminal_or_pipe_does_not_stop_a_run(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Closed())
+    assert sasr.train(config(tmp_path / "x"))["grpo_steps"] > 0
+
+
+def test_a_line_that_stays_does_not_begin_behind_the_progress():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    with run.Progress(Terminal()) as progress:
+        progress.show("step 1")
+        progress.say("something happened")
+    assert progress.stream.getvalue().split("\n")[1:] == ["something happened", ""]
 
 
 # ---- Resume ----------------------------------------------------------------------------------------------------------
@@ -237,11 +258,11 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monk
         with pytest.raises(Crash):
             sasr.train(config(tmp_path / "cut"))
     folder = RunFolder(tmp_path / "cut")
-    sasr.train(sasr.Config(**folder.read_json("config.json")), resume=folder)
+    sasr.resume(tmp_path / "cut")
     assert lines(tmp_path / "cut") == lines(whole)
     uncut, cut = weights(whole), weights(tmp_path / "cut")
     assert all(torch.equal(uncut[name], cut[name]) for name in uncut)
-    saved, again = RunFolder(whole).load_checkpoint()[0], folder.load_checkpoint()[0]
+    saved, again = RunFolder(whole).find_checkpoint().tensors(), folder.find_checkpoint().tensors()
     assert set(saved) == set(again)
     assert any(name.startswith("reference.") for name in saved)
     assert all(torch.equal(saved[name], again[name]) for name in saved)
@@ -259,12 +280,11 @@ def test_a_decay_branch_starts_from_a_stable_checkpoint(tmp_path):
     sasr.train(config(tmp_path / "stable", lr_schedule="wsd", decay_fraction=0.0, lr_warmup_steps=0, save_every=0))
     before = lines(tmp_path / "stable")
     said = {"out": str(tmp_path / "branch"), "steps": 15, "decay_fraction": 1 / 3}
-    branch, folder = sasr.resumed(str(tmp_path / "stable"), said)
-    sasr.train(branch, resume=folder)
+    sasr.resume(tmp_path / "stable", said)
     records = lines(tmp_path / "branch")
     assert records[:14] == before
     assert lines(tmp_path / "stable") == before
-    lr = branch.lr
+    lr = json.loads((tmp_path / "branch/config.json").read_text())["lr"]
     assert [r["lr"] for r in records[14:]] == pytest.approx([lr, 0.8 * lr, 0.6 * lr, 0.4 * lr, 0.2 * lr])
 
 
@@ -281,22 +301,95 @@ def test_a_decay_branch_starts_from_a_stable_checkpoint(tmp_path):
 def test_resuming_with_flags_that_contradict_the_past_is_refused(tmp_path, said, named):
     sasr.train(config(tmp_path / "x"))
     with pytest.raises(ValueError, match=named):
-        sasr.resumed(str(tmp_path / "x"), said)
+        sasr.resume(tmp_path / "x", said)
 
 
 @pytest.mark.parametrize(("controller", "said"), [("sft-then-grpo", {"steps": 20}), ("cosine", {"steps": 20})])
 def test_resuming_may_not_move_a_schedule_under_steps_already_taken(tmp_path, controller, said):
     sasr.train(config(tmp_path / "x", controller=controller))
     with pytest.raises(ValueError, match=f"--steps 20: would change the {controller} schedule"):
-        sasr.resumed(str(tmp_path / "x"), said)
+        sasr.resume(tmp_path / "x", said)
 
 
-def test_resuming_with_other_data_is_refused(tmp_path):
+def test_what_is_refused_leaves_the_run_as_it_was(tmp_path, capsys):
     sasr.train(config(tmp_path / "x"))
+    before = {file: file.read_bytes() for file in (tmp_path / "x").rglob("*") if file.is_file()}
+    for changed in (
+        ["--device", "abacus"],
+        ["--data", "nowhere"],
+        ["--out", str(tmp_path / "y"), "--device", "abacus"],
+    ):
+        assert sasr.main(["--resume", str(tmp_path / "x"), "--steps", "20", *changed]) == 2
+    assert {file: file.read_bytes() for file in (tmp_path / "x").rglob("*") if file.is_file()} == before
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_configuration_changed_by_hand_is_held_to_the_same_rules(tmp_path, capsys):
+    sasr.train(config(tmp_path / "x"))
+    file = tmp_path / "x/config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"gamma": 2.0}))
+    with pytest.raises(ValueError, match=r"--gamma 2.0: a resumed run keeps its 1.0"):
+        sasr.resume(tmp_path / "x")
+    file.write_text(json.dumps(values | {"steps": 11}))
+    sasr.resume(tmp_path / "x")
+    assert "resuming with --steps 11\n" in capsys.readouterr().err
+    assert len(lines(tmp_path / "x")) == 15
+
+
+def test_a_finished_run_refuses_flags_that_would_do_nothing(tmp_path, capsys):
+    sasr.train(config(tmp_path / "x"))
+    with pytest.raises(ValueError, match=r"--eval-samples 4: the run has finished.* --eval-only --model .*x/model"):
+        sasr.resume(tmp_path / "x", {"eval_samples": 4})
+    sasr.resume(tmp_path / "x", {"save_dtype": "bfloat16"})
+    assert {tensor.dtype for tensor in load_file(tmp_path / "x/model/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    sasr.train(config(tmp_path / "x", steps=0))
     folder = RunFolder(tmp_path / "x")
-    changed = folder.read_json("config.json") | {"task": "knights-knaves:train_size=61,test_size=16"}
+    checkpoint = folder.find_checkpoint()
+    for broken in ({"state": {"stepz": 1}}, {"config": {"gammaz": 1}}, {"config": None}):
+        folder.save_checkpoint(checkpoint.tensors(), checkpoint.state | broken)
+        with pytest.raises(ValueError, match="x/checkpoint is not of this version of the program"):
+            sasr.resume(tmp_path / "x")
+
+
+def test_a_run_without_its_metrics_goes_on(tmp_path, capsys):
+    sasr.train(config(tmp_path / "x"))
+    (tmp_path / "x/metrics.jsonl").unlink()
+    sasr.resume(tmp_path / "x", {"steps": 12})
+    assert "lines of steps before the checkpoint are missing" in capsys.readouterr().err
+    assert [record["step"] for record in lines(tmp_path / "x")] == [15, 16]
+
+
+def test_a_run_that_is_being_trained_is_neither_resumed_nor_branched(tmp_path):
+    sasr.train(config(tmp_path / "x", steps=0))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run, time\n"
+    code += f"with run.RunFolder({str(tmp_path / 'x')!r}).locked(): print('locked', flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for said in ({}, {"out": str(tmp_path / "y")}):
+            with pytest.raises(ValueError, match=f"process {other.pid} is training into this folder"):
+                sasr.resume(tmp_path / "x", said)
+        other.kill()
+    assert not (tmp_path / "y").exists()
+
+
+def test_data_that_moved_can_be_named_anew(tmp_path):
+    for split, count in (("train", 5), ("test", 4)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(COUNTDOWN) + "\n" for _ in range(count)))
+    sasr.train(config(tmp_path / "x", **FEW | {"task": "countdown", "data": str(tmp_path)}))
+    shutil.copytree(tmp_path, tmp_path / "moved", ignore=lambda *_: ["x", "moved"])
+    sasr.resume(tmp_path / "x", {"data": str(tmp_path / "moved"), "steps": 4})
+    assert len(lines(tmp_path / "x")) == 6
+
+
+def test_resuming_with_other_data_is_refused(tmp_path, monkeypatch):
+    sasr.train(config(tmp_path / "x"))
+    monkeypatch.setattr(knights_knaves, "terse_trace", lambda *_: "so k k k")
     with pytest.raises(ValueError, match="other examples or another tokenizer"):
-        sasr.train(sasr.Config(**changed), resume=folder)
+        sasr.resume(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -310,16 +403,19 @@ def test_resuming_with_other_data_is_refused(tmp_path):
 def test_a_broken_configuration_is_named(tmp_path, text, named):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=re.escape(named)):
-        sasr.resumed(str(tmp_path), {})
+        sasr.resume(tmp_path)
 
 
-def test_metrics_that_lost_lines_are_not_padded(tmp_path):
+def test_metrics_that_lost_lines_are_said_to_have(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     folder.create({})
     folder.log({"step": 1, "loss": float("nan")})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
-    with pytest.raises(ValueError, match="lines are missing"):
-        folder.rewind_metrics(1000)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    folder.rewind(run.Checkpoint(tmp_path / "checkpoint", {"metrics_bytes": 1000}))
+    assert "lines of steps before the checkpoint are missing" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
 
 
 def test_a_branch_takes_the_old_checkpoint_if_that_is_the_only_one(tmp_path):
@@ -327,15 +423,15 @@ def test_a_branch_takes_the_old_checkpoint_if_that_is_the_only_one(tmp_path):
     folder.create({})
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     os.rename(tmp_path / "x/checkpoint", tmp_path / "x/checkpoint.old")
-    assert folder.branch_to(tmp_path / "y").load_checkpoint()[0]["w"].tolist() == [1, 1]
+    folder.branch_to(RunFolder(tmp_path / "y"), folder.find_checkpoint())
+    assert RunFolder(tmp_path / "y").find_checkpoint().tensors()["w"].tolist() == [1, 1]
 
 
 def test_a_run_that_was_moved_can_still_be_branched(tmp_path):
     sasr.train(config(tmp_path / "x"))
     os.rename(tmp_path / "x", tmp_path / "moved")
     before = lines(tmp_path / "moved")
-    again, folder = sasr.resumed(str(tmp_path / "moved"), {"out": str(tmp_path / "x"), "steps": 11})
-    sasr.train(again, resume=folder)
+    sasr.resume(tmp_path / "moved", {"out": str(tmp_path / "x"), "steps": 11})
     assert lines(tmp_path / "moved") == before
     assert len(lines(tmp_path / "x")) == len(before) + 1
 
@@ -343,8 +439,7 @@ def test_a_run_that_was_moved_can_still_be_branched(tmp_path):
 def test_resuming_a_finished_run_with_more_steps_goes_on(tmp_path):
     sasr.train(config(tmp_path / "whole", steps=12))
     sasr.train(config(tmp_path / "x"))
-    longer, folder = sasr.resumed(str(tmp_path / "x"), {"steps": 12})
-    sasr.train(longer, resume=folder)
+    sasr.resume(tmp_path / "x", {"steps": 12})
 
     def training(out):
         return [{k: v for k, v in r.items() if not k.startswith("eval/")} for r in lines(out)]
@@ -367,9 +462,61 @@ def test_a_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, monkeypatch, 
     assert stopped.value.signal == signal.SIGTERM
     assert len(lines(tmp_path / "x")) == 7
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    again, folder = sasr.resumed(str(tmp_path / "x"), {})
-    sasr.train(again, resume=folder)
+    sasr.resume(tmp_path / "x")
     assert lines(tmp_path / "x") == lines(whole)
+
+
+@pytest.mark.parametrize("step", [0, 4, 12, 14])
+def test_a_signal_ends_an_evaluation_at_once_and_it_is_done_again(tmp_path, monkeypatch, whole, step):
+    original = sasr.Trainer._answers
+
+    def answers(trainer, *arguments):
+        if trainer.state.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("went on")
+        return original(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sasr.Trainer, "_answers", answers)
+        with pytest.raises(run.Stopped):
+            sasr.train(config(tmp_path / "x"))
+    assert len(lines(tmp_path / "x")) == max(step - 1, 0)
+    sasr.resume(tmp_path / "x")
+    assert lines(tmp_path / "x") == lines(whole)
+    uncut, cut = weights(whole), weights(tmp_path / "x")
+    assert all(torch.equal(uncut[name], cut[name]) for name in uncut)
+
+
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, whole):
+    original = sasr.Trainer._answers
+
+    def answers(trainer, *arguments):
+        if trainer.state.step == 8:
+            raise RuntimeError("the verifier raised")
+        return original(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sasr.Trainer, "_answers", answers)
+        with pytest.raises(RuntimeError):
+            sasr.train(config(tmp_path / "x", save_every=0))
+    assert RunFolder(tmp_path / "x").find_checkpoint().state["state"]["step"] == 8
+    sasr.resume(tmp_path / "x")
+    assert lines(tmp_path / "x") == lines(whole)
+
+
+def test_a_terminal_that_closes_stops_a_run_unless_it_was_told_not_to(monkeypatch):
+    with run.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # it may come twice
+    assert interrupt.signal == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with run.Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---- The command line, as a person meets it --------------------------------------------------------------------------
@@ -394,6 +541,8 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys, monke
     final = json.loads((tmp_path / "x/summary.json").read_text())["accuracy_final"]
     assert re.search(rf"accuracy +{final:.1%}", capsys.readouterr().out)
     assert (tmp_path / "runs/eval-knights-knaves-0/samples.jsonl").exists()
+    assert sasr.main([*arguments, "--out", "runs/eval-knights-knaves-0"]) == 2
+    assert capsys.readouterr().err == "sasr.py: runs/eval-knights-knaves-0 already holds a run; name another --out\n"
     assert sasr.main(["--resume", str(tmp_path / "x"), "--steps", "12"]) == 0
     assert len(lines(tmp_path / "x")) == 16
 
@@ -404,12 +553,27 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys, monke
         (["--group-size", "0"], "--group-size 0: must be 1 or more"),
         (["--task", "sudoku"], "unknown task 'sudoku'"),
         (["--task", "knights-knaves:people=1"], "people"),
-        (["--data", "no/such/folder"], "no/such/folder: neither train.jsonl nor test.jsonl (or .json)"),
+        (["--data", "no/such/folder"], "no/such/folder: no such folder; it should have train.jsonl"),
         (["--model", "no/such/model"], "--model no/such/model: no such directory"),
         (["--resume", "no/such/run"], "no/such/run/config.json: no such file"),
         (["--device", "abacus"], "--device abacus: not available here"),
         (["--device", "meta"], "--device meta: not available here"),
         (["--eval-only"], "--eval-only needs --model"),
+        (["--resume", ""], "--resume '': name the folder of a run"),
+        (["--seed", str(2**64)], f"--seed {2**64}: must lie between 0 and"),
+        (["--temperature", "1e-40"], "--temperature 1e-40: must be at least 0.001"),
+        (
+            ["--task", "countdown:seed=1"],
+            "task 'countdown:seed=1': seed is given twice, or has a flag of its own, --seed",
+        ),
+        (["--task", "countdown:path=x"], "path is given twice, or has a flag of its own, --data"),
+        (["--task", "math:verifier=rules", "--verifier", "rules"], "verifier is given twice, or has a flag of its own"),
+        (["--task", "countdown:low=1,low=2"], "low is given twice"),
+        (["--task", "countdown:low=x"], "task countdown: low must be a whole number, got 'x'"),
+        (["--ood-task", "math"], "--ood-task math: only generated tasks can serve here: knights-knaves, countdown"),
+        (["--warmup-task", "sudoku"], "--warmup-task sudoku: only generated tasks can serve here"),
+        (["--data", __file__], "test_run.py: a file, not a folder"),
+        (["--out", __file__], "test_run.py: a file is in the way"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -429,7 +593,7 @@ def test_help_explains_every_flag_with_its_default(capsys):
         sasr.main(["--help"])
     text = "".join(capsys.readouterr().out.split())  # lines are broken at blanks, and after hyphens
     for spec in sasr.dataclasses.fields(sasr.Config):
-        assert sasr.flag_name(spec) in text
+        assert sasr.flag_name(spec.name) in text
         assert f"(default{spec.default!r})" in text
 
 

@@ -501,7 +501,7 @@ def small_trainer(tmp_path, **changes):
 
 def test_a_group_without_signal_does_not_move_the_weights(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path)
-    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: torch.ones(2, 3))
+    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: (torch.ones(2, 3), 0))
     before = [p.clone() for p in trainer.model.parameters()]
     record = trainer.grpo_step()
     assert record["zero_variance_fraction"] == 1.0
@@ -514,12 +514,11 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
     """Two groups, one of them agreeing: its completions must still count in the denominators."""
     trainer = small_trainer(tmp_path, max_grad_norm=0.0, loss_aggregation=aggregation)
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: rewards)
     seen = {}
 
     def spy(completions, chosen):
         seen["completions"], seen["chosen"] = completions, chosen
-        return rewards
+        return rewards, 0
 
     monkeypatch.setattr(trainer, "_rewards", spy)
     monkeypatch.setattr(trainer, "_step_optimizer", lambda grad_norm: None)
@@ -539,7 +538,7 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
 
 def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, inner_updates=3, lr=1e-2, lr_warmup_steps=0, warmup_steps=0)
-    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: torch.tensor([[1.0, 0.0, 0.0]] * 2))
+    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: (torch.tensor([[1.0, 0.0, 0.0]] * 2), 0))
     ratios = []
     original = sasr.kernels.grpo_loss
 
@@ -570,7 +569,7 @@ def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path
     for compile_it in (False, True):
         trainer = small_trainer(tmp_path, compile=compile_it, gradient_checkpointing=checkpointing, kl_coef=0.1)
         trainer.reference = trainer._frozen_copy()
-        trainer._rewards = lambda completions, chosen: torch.arange(6.0).view(2, 3) % 3
+        trainer._rewards = lambda completions, chosen: (torch.arange(6.0).view(2, 3) % 3, 0)
         norms.append(
             [trainer.sft_step()["grad_norm"], trainer.grpo_step()["grad_norm"], trainer.sft_step()["grad_norm"]]
         )

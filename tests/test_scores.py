@@ -86,15 +86,17 @@ def test_pass_at_powers_of_two_up_to_the_number_of_samples():
         "pass@1": pytest.approx((1 / 5 + 2 / 5) / 3),
         "pass@2": pytest.approx((4 / 10 + 7 / 10) / 3),
         "pass@4": pytest.approx((4 / 5 + 1) / 3),
+        "pass@5": pytest.approx(2 / 3),
     }
 
 
-@pytest.mark.parametrize(("samples", "largest"), [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8)])
-def test_the_largest_k_is_the_largest_power_of_two_that_there_are_samples_for(samples, largest):
+@pytest.mark.parametrize(
+    ("samples", "ks"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (7, [1, 2, 4, 7]), (8, [1, 2, 4, 8])]
+)
+def test_k_is_each_power_of_two_and_the_number_of_samples(samples, ks):
     scores = without_intervals(scores_of(examples_of("", ""), [RIGHT, WRONG], [[RIGHT] * samples] * 2))
-    expected = {"accuracy", *(f"pass@{2**i}" for i in range(largest.bit_length()))}
-    assert set(scores) == expected
-    assert scores[f"pass@{largest}"] == 1.0
+    assert set(scores) == {"accuracy", *(f"pass@{k}" for k in ks)}
+    assert scores[f"pass@{samples}"] == 1.0
 
 
 @pytest.mark.parametrize("outcomes", [[True], [False], [True, False, False], [False, True] * 20, [True] * 39 + [False]])
@@ -104,7 +106,7 @@ def test_an_interval_holds_its_mean_and_is_the_same_for_the_same_seed(outcomes):
     scores, again = (scores_of(examples, grades, [[grade, WRONG] for grade in grades], seed=3) for _ in range(2))
     for name in ("accuracy", "pass@1", "pass@2"):
         assert 0 <= scores[f"{name}_low"] <= scores[name] <= scores[f"{name}_high"] <= 1
-    assert (scores["accuracy_low"] < scores["accuracy_high"]) == (len(set(outcomes)) == 2)
+    assert scores["accuracy_low"] < scores["accuracy_high"]
     assert scores == again
 
 
@@ -113,8 +115,11 @@ def test_another_seed_draws_other_problems():
     assert bootstrap_interval(values, 1) == bootstrap_interval(values, 1) != bootstrap_interval(values, 2)
 
 
-def test_answers_that_all_agree_leave_no_doubt():
-    assert bootstrap_interval([1.0] * 20) == (1.0, 1.0)
+def test_answers_that_are_all_wrong_or_all_right_leave_a_doubt():
+    # Clopper and Pearson's table for 0 of 10 and 0 of 20: 0 to 30.85% and 0 to 16.84%.
+    assert bootstrap_interval([0.0] * 10) == (0.0, pytest.approx(0.3085, abs=5e-5))
+    assert bootstrap_interval([0.0] * 20) == (0.0, pytest.approx(0.1684, abs=5e-5))
+    assert bootstrap_interval([1.0] * 20) == (pytest.approx(1 - 0.1684, abs=5e-5), 1.0)
     assert bootstrap_interval([0.25]) == (0.25, 0.25)
 
 
@@ -233,12 +238,14 @@ def test_the_training_examples_can_be_the_ones_that_are_evaluated():
         ),
         (
             {"context": 30, "max_new_tokens": 25},
-            "task bytes: all 2 training prompts are too long (the shortest has 10 tokens, 5 allowed beside 25 new); "
+            "task bytes: all 2 training prompts are too long (the shortest has 10 tokens, 5 allowed beside 25 new, in "
+            "a context of 30); "
             "raise --max-prompt-tokens or lower --max-new-tokens",
         ),
         (
             {"context": 30, "max_new_tokens": 40},
-            "task bytes: all 2 training prompts are too long (the shortest has 10 tokens, 0 allowed beside 40 new); "
+            "task bytes: all 2 training prompts are too long (the shortest has 10 tokens, 0 allowed beside 40 new, in "
+            "a context of 30); "
             "raise --max-prompt-tokens or lower --max-new-tokens",
         ),
         (

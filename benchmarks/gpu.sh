@@ -25,7 +25,7 @@ step() { # NAME SECONDS COMMAND...: run, show, keep the output
   }
 }
 
-step tests 110 "$python" -m pytest -m gpu -q
+step tests 110 "$python" -m pytest -o addopts= -m gpu -q
 step kernels 120 "$python" benchmarks/kernels.py
 step tune 50 "$python" benchmarks/kernels.py --tune --features 896
 step rollout 100 "$python" benchmarks/rollout.py --shapes 0.5b --repeats 1

@@ -19,10 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .isolated import Child, answer_requests
 
 SECONDS = 10.0  # that a template may take for AT_ONCE conversations; an ordinary one takes a hundredth
-AT_ONCE = 1000
+AT_ONCE = 200
 MEMORY = 2**29  # bytes of the process that renders
 LONGEST = 100_000  # characters of a template; published ones have a tenth
-MOST = 50_000_000  # characters that it makes of AT_ONCE conversations
+MOST = 20_000_000  # characters that it makes of AT_ONCE conversations
 
 
 class ChatTemplate:

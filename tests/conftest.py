@@ -1,6 +1,7 @@
 """Kernels are interpreted on the CPU, except in `pytest -m gpu`, where they are compiled for the card.
 
-Triton decides which at the moment a kernel is decorated, so it has to be settled before any test module is imported.
+Triton decides which at the moment a kernel is decorated, and OpenMP how many threads it has when torch is imported, so
+both have to be settled before any test module is.
 """
 
 from __future__ import annotations
@@ -13,3 +14,5 @@ def pytest_configure(config):
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         os.environ["TRITON_INTERPRET"] = "1"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # processes that work side by side would only wait for each other's threads
+        os.environ["OMP_NUM_THREADS"] = "1"

@@ -1543,7 +1543,8 @@ def score_table(scores: dict[str, float], title: str) -> list[str]:
             continue
         low, high = scores.get(f"{base}_low{ood}"), scores.get(f"{base}_high{ood}")
         interval = "" if low is None else f"   {low:.1%} to {high:.1%}"
-        lines.append(f"{name:40}" + (f"{round(value, 3) + 0.0:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"))
+        said = f"{round(value, 3) + 0.0:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"  # no -0.000
+        lines.append(f"{name:40}{said}")
     return [*lines, ""] if lines else []
 
 

@@ -403,8 +403,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args(argv)
     try:
-        if args.samples < 1:
-            raise ValueError(f"--samples {args.samples}: must be 1 or more")
+        if not 1 <= args.samples <= 10**6:
+            raise ValueError(f"--samples {args.samples}: must lie between 1 and {10**6}")
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed {args.seed}: must lie between 0 and {2**63 - 1}")
         path, device = resolve_checkpoint(args.model), resolve_device(args.device)
@@ -461,7 +461,7 @@ def converse(model: Transformer, codec: Codec, params: SamplingParams, generator
 
 def read_line(sign: str) -> str | None:
     try:
-        return input(sign)
+        return input(sign).encode(errors="replace").decode()
     except EOFError:
         return None
 

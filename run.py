@@ -47,13 +47,13 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
 
     def check_unused(self) -> None:
-        """Raises ValueError if the path is taken, by another run or by a file."""
+        """Raises ValueError if the path is a file, or a folder with anything in it: nothing is ever overwritten."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--out {self.path}: a file is in the way")
-        names = ("config.json", "metrics.jsonl", "summary.json", "checkpoint", "checkpoint.old")
-        if any((self.path / name).exists() for name in names):
-            resumable = f", or --resume {self.path}" if (self.path / "config.json").exists() else ""
-            raise ValueError(f"{self.path} already holds a run; name another --out{resumable}")
+        found = sorted(set(os.listdir(self.path)) - {"lock"}) if self.path.exists() else []
+        if found:
+            resumable = f", or --resume {self.path}" if {"config.json", "metrics.jsonl"} <= set(found) else ""
+            raise ValueError(f"--out {self.path} is not empty, it holds {found[0]}; name another{resumable}")
 
     def create(self, config: dict) -> None:
         """Start a run here. Raises ValueError if another one is here already."""
@@ -61,6 +61,12 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("config.json", config)
         self.metrics.touch()
+
+    def check_own(self) -> None:
+        """Raises ValueError for a link, a pipe or a device among a run's files: writing there would change others."""
+        for file in sorted(self.path.rglob("*")):
+            if file.is_symlink() or not (file.is_file() or file.is_dir()):
+                raise ValueError(f"{file}: a link, or no plain file; a run's folder has only files of its own")
 
     def write_json(self, name: str, value: dict) -> None:
         self._write(name, json.dumps(value, indent=2) + "\n")
@@ -82,14 +88,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self):
-        """Only one process may train into a folder. Raises ValueError naming the one that does."""
+        """Only one process may write into a folder. Raises ValueError naming the one that does."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("a+", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise ValueError(f"{self.path}: process {file.read() or '?'} is training into this folder") from None
+                raise ValueError(f"{self.path}: process {file.read() or '?'} is writing into this folder") from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -124,23 +130,23 @@ class RunFolder:
     def replace_folder(self, name: str, write, *, keep_old: bool = False) -> None:
         """Let `write(path)` fill a fresh folder, then put it in the place of OUT/name, once called OUT/name.old."""
         target, beside, old = (self.path / f"{name}{suffix}" for suffix in ("", ".tmp", ".old"))
-        shutil.rmtree(beside, ignore_errors=True)
         with naming(target):
+            remove(beside)
             try:
                 beside.mkdir()
                 write(beside)
                 for file in (*beside.iterdir(), beside):
                     _flush(file)
             except BaseException:
-                shutil.rmtree(beside, ignore_errors=True)  # what did not fit must not stay in the way
+                remove(beside)  # what did not fit must not stay in the way
                 raise
         if target.exists():  # if not, `old` is the only good one: a crash came between these two renames
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             os.rename(target, old)
         os.rename(beside, target)
         _flush(self.path)
         if not keep_old:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
     def save_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         """Tensors and JSON, nothing pickled; `state` gains the present length of the metrics in bytes."""
@@ -170,7 +176,9 @@ class RunFolder:
             try:
                 check_sums(folder)
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                if type(state["metrics_bytes"]) is not int or state["metrics_bytes"] < 0:
+                    raise ValueError(f"state.json: metrics_bytes {state['metrics_bytes']!r}")
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
                 problems.append(f"{folder}: the checkpoint cannot be used ({error})")
                 continue
             for problem in problems:
@@ -186,7 +194,7 @@ class RunFolder:
         """
         later = self.path / "checkpoint"
         if checkpoint and checkpoint.folder != later and later.exists():
-            shutil.rmtree(self.path / "checkpoint.damaged", ignore_errors=True)
+            remove(self.path / "checkpoint.damaged")
             os.rename(later, self.path / "checkpoint.damaged")
         length = checkpoint.state["metrics_bytes"] if checkpoint else 0
         self.metrics.touch()
@@ -230,6 +238,14 @@ def naming(path: Path):
         if getattr(error, "filename", None):
             raise
         raise OSError(f"{path}: {error}") from error
+
+
+def remove(path: Path) -> None:
+    """Whatever is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -55,6 +55,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -65,11 +66,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import kernels
 from data import TASKS, Grade, Task, load_task
-from data.isolated import IsolatedVerifier
+from data.isolated import IsolatedVerifier, VerifierFailed
 from data.scores import scores_of
 from data.task import MOST_REWARD
 from data.tokenized import TokenizedTask
@@ -131,6 +133,10 @@ class SasrController:
         return {"g_warmup": self.g_warmup, "g_last": self.g_last, "warmup_norms": self.warmup_norms}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError for norms that are none: one NaN, and no p_t would ever be above alpha again."""
+        known = [*state["warmup_norms"], *(state[key] for key in ("g_warmup", "g_last") if state[key] is not None)]
+        if not all(0 <= norm < math.inf for norm in known):
+            raise ValueError(f"gradient norms must be finite and not negative: {known}")
         self.g_warmup, self.g_last, self.warmup_norms = state["g_warmup"], state["g_last"], state["warmup_norms"]
 
 
@@ -461,6 +467,9 @@ def autocast(device: torch.device):
 # ============================================================================= configuration
 
 
+MOST = 10**7  # of any number but the seed: nothing that a run could use, and no loop over it takes long
+
+
 def option(default, help: str, choices: tuple[str, ...] = (), low: float | None = None):
     """A field of Config: its default, what it means (with unit), and which values are allowed."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low})
@@ -600,6 +609,8 @@ class Config:
                 raise ValueError(f"{flag} {value}: choose from {', '.join(choices)}")
             if low is not None and not low <= value < math.inf:
                 raise ValueError(f"{flag} {value}: must be {low} or more")
+            if low is not None and value > MOST and spec.name != "seed":
+                raise ValueError(f"{flag} {value}: must be at most {MOST}")
         for name, most in (
             ("sft_fraction", 1.0),
             ("decay_fraction", 1.0),
@@ -814,6 +825,17 @@ class State:
     scores: dict = field(default_factory=dict)  # of the last evaluation
     reward: float | None = None  # mean of the last rollout
     unlogged: dict | None = None  # the last step's line of the metrics, while its evaluation has not come to its end
+
+    def __post_init__(self):
+        """Raise ValueError for what cannot be: a state may come from a file."""
+        counts = [getattr(self, spec.name) for spec in dataclasses.fields(self) if spec.type == "int"]
+        numbers = [*self.seconds.values(), *self.accuracy.values(), *self.scores.values(), self.reward or 0.0]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"counts of steps must be whole numbers from 0 on, not {counts}")
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError(f"seconds, accuracies and scores must be numbers, not {numbers}")
+        if set(self.seconds) != {"warmup", "sft", "grpo", "eval"} or not isinstance(self.unlogged, dict | None):
+            raise ValueError(f"seconds or the last line are amiss: {list(self.seconds)}, {self.unlogged!r}")
 
 
 EVAL_ROWS = 256  # answers that an evaluation draws at once
@@ -1091,6 +1113,8 @@ class Trainer:
     def adaptive_step(self) -> dict:
         """The heart of the method: look at the norm, draw, then learn from the textbook or from practice."""
         state, controller = self.state, self.controller
+        if controller.g_warmup is None and self.config.controller == "sasr":
+            raise Fault(f"step {state.step + 1}: no SFT gradient before it was finite, so p_t has no yardstick")
         stale = self.config.probe_every and state.step - state.norm_step >= self.config.probe_every
         if stale and self.task.demonstrations:
             self._observe(controller.observe_sft, self.probe(), state.step)
@@ -1128,8 +1152,9 @@ class Trainer:
             if state.step == at:
                 found = {key: scores[key] for key in ("accuracy", "accuracy_ood") if key in scores}
                 state.accuracy |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in found.items()}
-        if state.step == config.warmup_steps == 0 and may_choose_sft(config):
-            self._observe(self.controller.observe_warmup, self.probe(), 0)  # no warm-up to take it from: measure it
+        unmeasured = self.controller.g_warmup is None  # there was no warm-up, or every step of it was dropped
+        if state.step == config.warmup_steps and unmeasured and may_choose_sft(config):
+            self._observe(self.controller.observe_warmup, self.probe(), state.step)
         if config.kl_coef and state.step == (config.warmup_steps if config.reference == "warmup" else 0):
             self.reference = self._frozen_copy()
         return scores
@@ -1198,17 +1223,27 @@ class Trainer:
         """Take up a checkpoint. Raises ValueError if it was made with other examples or another tokenizer."""
         saved, tensors = checkpoint.state, checkpoint.tensors()
         if saved["fingerprint"] != self.fingerprint():
-            raise ValueError(f"{checkpoint.folder} was made with other examples or another tokenizer than these")
+            raise ValueError("it was made with other examples or another tokenizer than these")
         if any(name.startswith("reference.") for name in tensors):
             self.reference = self._frozen_copy()
+
+        def tensor(name: str, like: Tensor) -> Tensor:  # copy_ would repeat a smaller one, and AdamW read beyond it
+            found = tensors[name]
+            if found.shape != like.shape:
+                raise ValueError(f"{name} has the shape {list(found.shape)}, not {list(like.shape)}")
+            return found.to(like)
+
+        moments = any(name.startswith("optimizer.") for name in tensors)  # not before the first step
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
+            parameter.copy_(tensor(f"model.{name}", parameter))
             if self.reference is not None:
-                self.reference.get_parameter(name).copy_(tensors[f"reference.{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"optimizer.{key}.{name}" in tensors:
-                    moment = tensors[f"optimizer.{key}.{name}"].to(parameter.device)
-                    self.optimizer.state[parameter][key] = moment
+                own = self.reference.get_parameter(name)
+                own.copy_(tensor(f"reference.{name}", own))
+            if moments:
+                like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                self.optimizer.state[parameter] = {
+                    key: tensor(f"optimizer.{key}.{name}", shape).to(parameter.device) for key, shape in like.items()
+                }
         self.controller.load_state_dict(saved["controller"])
         self.state = State(**saved["state"])
 
@@ -1245,18 +1280,19 @@ def resume(out: str, said: dict | None = None) -> dict:
     folder = RunFolder(out)
     written = Config.from_json(folder.read_json("config.json"), folder.path / "config.json")
     written.out = str(folder.path)  # it may have been moved
+    folder.check_own()
     with folder.locked():
         checkpoint = folder.find_checkpoint()
         config = resumed_config(written, checkpoint, said or {})
         branch = RunFolder(config.out)
-        if branch.path.resolve() == folder.path.resolve():
-            branch = None
-        else:
+        branches = branch.path.resolve() != folder.path.resolve()
+        if branches:
             branch.check_unused()
         trainer = Trainer(config)
         if checkpoint:
-            trainer.restore(checkpoint)
-        if not branch:
+            with fitting(checkpoint):
+                trainer.restore(checkpoint)
+        if not branches:
             folder.write_json("config.json", dataclasses.asdict(config))
             return learn(trainer, folder, checkpoint)
         checkpoint = folder.branch_to(branch, checkpoint)
@@ -1265,10 +1301,21 @@ def resume(out: str, said: dict | None = None) -> dict:
         return learn(trainer, branch, checkpoint)
 
 
+@contextlib.contextmanager
+def fitting(checkpoint: Checkpoint):
+    """Whatever does not fit in a checkpoint, of another version or of a stranger, is a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:500]
+        raise ValueError(f"{checkpoint.folder} does not fit this run: {reason}") from None
+
+
 def learn(trainer: Trainer, folder: RunFolder, checkpoint: Checkpoint | None) -> dict:
     """The loop: from where the trainer is to the end of the run. Returns the summary."""
     config, state, progress, interrupt = trainer.config, trainer.state, trainer.progress, trainer.interrupt
     folder.rewind(checkpoint)
+    (folder.path / "summary.json").unlink(missing_ok=True)  # of a run that was finished, and is no longer
     with interrupt, progress:
         progress.say(headline(trainer, folder.path))
         try:
@@ -1285,7 +1332,8 @@ def learn(trainer: Trainer, folder: RunFolder, checkpoint: Checkpoint | None) ->
                 if interrupt.signal and not last:
                     raise Stopped(interrupt.signal)
         except Stopped:
-            progress.say(f"stopped and saved; go on with: python sasr.py --resume {folder.path}")
+            again = f"python sasr.py --resume {shlex.quote(str(folder.path))}"
+            progress.say(f"stopped after step {state.step}; go on with: {again}")
             raise
         summary = summarise(trainer, folder)
         folder.write_json("summary.json", summary)
@@ -1319,6 +1367,7 @@ def finish_step(trainer: Trainer, folder: RunFolder) -> dict:
 
 
 def timed_step(trainer: Trainer, folder: RunFolder) -> dict:
+    """A step's line of the metrics, but for what an evaluation adds. Raises Fault, its batch written to the folder."""
     config, state, started = trainer.config, trainer.state, time.perf_counter()
     try:
         record = trainer.step()
@@ -1332,7 +1381,8 @@ def timed_step(trainer: Trainer, folder: RunFolder) -> dict:
 
 
 def save(trainer: Trainer, folder: RunFolder) -> None:
-    folder.replace_folder("model", trainer.save_model)  # first: what a checkpoint counts is never lost
+    """The model first: a run whose last checkpoint says that it has finished has its last model, too."""
+    folder.replace_folder("model", trainer.save_model)
     folder.save_checkpoint(trainer.tensors(), trainer.saved_state())
 
 
@@ -1662,16 +1712,15 @@ def resumed_config(written: Config, checkpoint: Checkpoint | None, said: dict) -
     new = dataclasses.replace(written, **said)
     old, done, logged = written, 0, True
     if checkpoint:
-        try:
+        with fitting(checkpoint):
             old, state = Config(**checkpoint.state["config"]), State(**checkpoint.state["state"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{checkpoint.folder} is not of this version of the program ({error})") from None
         done, logged = state.step, state.unlogged is None
     changed = {}
     for spec in dataclasses.fields(Config):
         before, now = getattr(old, spec.name), getattr(new, spec.name)
         if before != now and spec.name not in RESUMABLE:
-            raise ValueError(f"{flag_name(spec.name)} {now}: a resumed run keeps its {before!r}")
+            where = "" if spec.name in said else f"{Path(written.out) / 'config.json'}: "
+            raise ValueError(f"{where}{flag_name(spec.name)} {now}: a resumed run keeps its {before!r}")
         if before != now and spec.name != "out":
             changed[spec.name] = f"{flag_name(spec.name)} {now}"
     if done > total_steps(new):
@@ -1710,11 +1759,12 @@ def evaluate_only(config: Config) -> None:
         raise ValueError(f"task {config.task}: there are no {config.eval_split} examples to evaluate")
     for line in left_out(trainer.setting):
         trainer.progress.say(line)
-    with trainer.progress:
-        scores = trainer.evaluate()
-    examples = trainer.task.evaluated[: config.eval_examples]
-    print("\n".join(score_table(scores, f"{config.task}, {len(examples)} {config.eval_split} examples")), flush=True)
     with folder.locked():
+        folder.check_unused()
+        with trainer.progress:
+            scores = trainer.evaluate()
+        title = f"{config.task}, {len(trainer.task.evaluated[: config.eval_examples])} {config.eval_split} examples"
+        print("\n".join(score_table(scores, title)), flush=True)
         folder.write_jsonl("samples.jsonl", trainer.answers)
         about = {"reward_failures": trainer.state.reward_failures, "config": dataclasses.asdict(config)}
         folder.write_json("summary.json", scores | about | provenance(trainer.device))
@@ -1723,6 +1773,9 @@ def evaluate_only(config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done; 2: bad input; 1: a fault; 129, 130 or 143: interrupted and saved. Each of them is one line."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: its number would go to the next file that is opened
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (as long as the process lives)
     said = vars(parse_flags(argv))
     debug = said.pop("debug", False)
     try:
@@ -1741,8 +1794,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         bad_input = isinstance(error, BAD_INPUT)
-        ours = bad_input or isinstance(error, (Fault, OSError))
-        text = " ".join(str(error).split()) if ours else f"{type(error).__name__}: {error}"
+        ours = bad_input or isinstance(error, (Fault, VerifierFailed, OSError))
+        text = " ".join(str(error).split())[:1000] if ours else f"{type(error).__name__}: {error}"
         say(f"sasr.py: {text}{'' if ours or debug else ' (--debug shows where)'}")
         return 2 if bad_input else 1
 

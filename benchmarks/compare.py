@@ -18,13 +18,21 @@ from pathlib import Path
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
+NUMBERS = ("accuracy_warmup", "accuracy_final", "sft_steps", "seconds", "seed")
+
+
 def read_summary(run: Path) -> dict | None:
     file = run / "summary.json"
     if not (file.is_file() or (run / "config.json").is_file()):
         raise ValueError(f"{run} is not the folder of a run")
-    summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if summary is not None and not all(isinstance(summary.get(key, 0), (int, float)) for key in NUMBERS):
+            raise ValueError(f"{', '.join(NUMBERS)} must be numbers")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: not the summary of a run ({error})") from None
     reason = "has not finished" if summary is None else "trained nothing" if "controller" not in summary else ""
-    if not reason and not {"accuracy_warmup", "accuracy_final"} <= set(summary):
+    if not reason and not {*NUMBERS, "task"} <= set(summary):
         reason = "was not evaluated"
     if reason:
         print(f"compare.py: {run} {reason} and is left out", file=sys.stderr)

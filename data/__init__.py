@@ -68,6 +68,8 @@ def load_task(
                 f"{path}: neither train.jsonl nor test.jsonl (or .json) with a record that can be read: "
                 + (skipped[0] if skipped else module.PUBLISHED)
             )
+    if not train and not test:  # of a size of 0
+        raise ValueError(f"task {name}: there are no examples")
     task = Task(name, train, test, with_options(module.grade), tuple(skipped))
     task.grade("", (train + test)[0])  # a bad option of the verifier is an error now, not at the first step
     return task

@@ -22,7 +22,7 @@ SECONDS = 10.0  # that a template may take for AT_ONCE conversations; an ordinar
 AT_ONCE = 200
 MEMORY = 2**29  # bytes of the process that renders
 LONGEST = 100_000  # characters of a template; published ones have a tenth
-MOST = 20_000_000  # characters that it makes of AT_ONCE conversations
+MOST = 20_000  # characters that it may add to a conversation, which it may repeat once
 
 
 class ChatTemplate:
@@ -72,9 +72,9 @@ def make_renderer():
         template, now = compiled(request["source"]), datetime.fromisoformat(request["now"])
         given = request["given"] | {"strftime_now": lambda pattern: now.strftime(pattern)}
         texts = [template.render(messages=m, tools=None, documents=None, **given) for m in request["conversations"]]
-        if sum(map(len, texts)) > MOST:
-            raise OverflowError(f"more than {MOST} characters came of it")
-        for text in texts:
+        for text, messages in zip(texts, request["conversations"], strict=True):
+            if len(text) > MOST + 2 * sum(len(message["content"]) for message in messages):
+                raise OverflowError(f"adds {len(text)} characters to a conversation")
             text.encode()  # half a surrogate pair, which JSON can spell, is nothing that a tokenizer takes
         return {"texts": texts}
 

@@ -8,6 +8,7 @@ and where none comes it kills the child's whole process group and starts another
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ from .task import Example, Grade, load_reward
 
 CHILD = "import sys; sys.path.insert(0, {root!r}); from {module} import {serve}; {serve}({description!r})"
 IMPORT_SECONDS = 30.0  # more, for the child to begin to serve
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 SHOWN = 5  # failures that are printed, of a run
 
 
@@ -45,7 +47,8 @@ class Child:
 
     def _ask(self, request: dict) -> dict:
         try:
-            if self.process is None:
+            if self.process is None or self.process.poll() is not None:  # it died while nothing was asked
+                self.close()
                 self.start()
             line = json.dumps(request).encode() + b"\n"
             threading.Thread(target=write, args=(self.process.stdin, line), daemon=True).start()  # it may not read
@@ -57,7 +60,10 @@ class Child:
     def start(self) -> None:
         """Raises ValueError where the child cannot begin to serve."""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-c", self.code, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         try:
             ready = self._answer(IMPORT_SECONDS + self.seconds)
@@ -99,6 +105,10 @@ def write(file, line: bytes) -> None:
         file.flush()
 
 
+class VerifierFailed(RuntimeError):
+    """And the person wants the run to stop there."""
+
+
 class IsolatedVerifier:
     """Called like any verifier, with a completion and its example."""
 
@@ -106,7 +116,7 @@ class IsolatedVerifier:
         """The grade of a task with its options, or the user's `reward` (`load_reward`).
 
         seconds: how long one completion may take. on_error: the reward of a completion whose verifier fails, a number,
-        or "stop", to raise RuntimeError. `failures` counts them. Raises ValueError where the reward cannot be loaded.
+        or "stop", to raise VerifierFailed. `failures` counts them. Raises ValueError where the reward cannot be loaded.
         """
         description = json.dumps({"task": task, "options": options, "reward": reward})
         self.child = Child("data.isolated", "serve_verifier", description, seconds=seconds)
@@ -124,7 +134,7 @@ class IsolatedVerifier:
         self.failures += 1
         message = f"the verifier {self.name} {answer['error']} for the completion {completion[:200]!r}"
         if self.on_error == "stop":
-            raise RuntimeError(message)
+            raise VerifierFailed(message)
         if self.failures <= SHOWN:
             more = "; further ones are only counted" if self.failures == SHOWN else ""
             with contextlib.suppress(OSError):  # standard error may have been closed
@@ -143,9 +153,12 @@ def answer_requests(make: Callable[[], Callable[[dict], dict]]) -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    process = os.getpid()
+    end_with_parent(int(sys.argv[1]))
 
     def reply(said: dict) -> None:
+        if os.getpid() != process:  # a foreign program forked, and came back twice
+            os._exit(0)
         answers.write(json.dumps(said).encode() + b"\n")
         answers.flush()
 
@@ -162,11 +175,15 @@ def answer_requests(make: Callable[[], Callable[[dict], dict]]) -> None:
             reply({"error": f"raised {type(error).__name__}: {' '.join(str(error)[:2000].split())[:300]}"})
 
 
-def end_with(parent: int) -> None:
-    """Do not outlive the parent, however it ends, in the middle of a request that never does."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def end_with_parent(parent: int) -> None:
+    """Do not outlive the parent, however it ends, in the middle of a request that never does: Linux sees to that.
+
+    No thread could, since a regular expression holds Python's lock for as long as it takes.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another system
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def serve_verifier(description: str) -> None:

@@ -56,6 +56,9 @@ def outcome_grade(correct: bool, well_formed: bool, format_reward: float = 0.0) 
     return Grade(1.0 if correct else format_reward if well_formed else 0.0, correct, well_formed)
 
 
+MOST_TEXT = 10**6  # characters of a prompt or a demonstration: more takes a tokenizer minutes
+
+
 def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipped: list[str] | None) -> list[Example]:
     """Parse the records of FOLDER/SPLIT.jsonl (an object a line), SPLIT.json (a list of them), or all SPLIT/**/*.json
     (one each), in that order.
@@ -72,11 +75,13 @@ def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipp
                 raise ValueError(f"expected a JSON object, got {type(record).__name__}")
             example = parse(record)
             for text in (example.prompt, example.answer, example.demonstration or ""):
+                if len(text) > MOST_TEXT:
+                    raise ValueError(f"a text of {len(text)} characters, more than {MOST_TEXT}")
                 text.encode()  # JSON can spell half a surrogate pair, "\ud800", which no tokenizer takes
             examples.append(example)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             lacking = f"the record lacks the field {error}"
-            reason = f"{place}: {lacking if isinstance(error, KeyError) else error}"
+            reason = f"{place}: {lacking if isinstance(error, KeyError) else error}"[:1000]
             if skipped is None:
                 raise ValueError(reason) from None
             skipped.append(reason)
@@ -165,7 +170,10 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
         if not abs(number) <= MOST_REWARD:  # NaN is not, either
             wanted = f"a Grade or a finite number of at most {MOST_REWARD:g}"
             raise ValueError(f"reward {spec!r}: expected {wanted}, got {one_line(repr(result))}")
-        return result if isinstance(result, Grade) else Grade(number, correct=number >= 1, well_formed=True)
+        if not isinstance(result, Grade):
+            return Grade(number, correct=number >= 1, well_formed=True)
+        flexible = None if result.flexible is None else bool(result.flexible)
+        return Grade(number, bool(result.correct), bool(result.well_formed), flexible)
 
     return verify
 

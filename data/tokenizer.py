@@ -6,15 +6,18 @@ along, up to where the assistant begins to speak.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+import os
+import resource
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from reprlib import repr as shown  # cut short: a foreign file's value may be long
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .chat import ChatTemplate
-from .task import one_line
+from .isolated import Child, answer_requests
 
 END = "<|endoftext|>"  # of the small tokenizer: ends every completion; its only special token, always id 0
 
@@ -27,6 +30,9 @@ FILES = (
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Bytes of a tokenizer's file, and of the files beside it. Published ones have a fifth of it.
 LARGE_FILE, SMALL_FILE = 200_000_000, 10_000_000
+
+TRIAL = "".join(map(chr, range(32, 127))) + "\n\u00e9\u4e2d\U0001f600"  # each kind of character
+TRIAL_MEMORY = 2**32  # bytes
 
 
 class Codec:
@@ -196,10 +202,10 @@ def read_tokenizer(file: Path) -> Tokenizer:
     content = read_file(file, LARGE_FILE)
     if content is None:
         raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights, in this format")
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer ({one_line(str(error))})") from None
+    tried = trials().ask({"file": str(file)})
+    if "error" in tried:
+        raise ValueError(f"{file}: not a tokenizer that works ({tried['error']})")
+    tokenizer = Tokenizer.from_buffer(content)
     tokenizer.no_padding()  # lengths and limits are ours to keep
     tokenizer.no_truncation()
     return tokenizer
@@ -275,6 +281,35 @@ def stop_tokens(path: Path, tokenizer: Tokenizer, end: str | None) -> tuple[int,
         if type(stop) is not int or stop not in known:
             raise ValueError(f"{file}: eos_token_id {shown(stop)} is not a token of tokenizer.json")
     return tuple(dict.fromkeys(stops))
+
+
+# The rules of a tokenizer's file are a program of a kind. They may make the library abort, which no `except` sees, or
+# fill the memory; so they are tried out in a process of its own first.
+
+
+@functools.cache
+def trials() -> Child:
+    return Child("data.tokenizer", "serve_trials", "", seconds=20.0)
+
+
+def serve_trials(_: str) -> None:
+    answer_requests(make_trial)
+
+
+def make_trial() -> Callable[[dict], dict]:
+    resource.setrlimit(resource.RLIMIT_AS, (TRIAL_MEMORY, TRIAL_MEMORY))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library's panics come with thousands of lines
+
+    def trial(request: dict) -> dict:
+        tokenizer = Tokenizer.from_file(request["file"])
+        ids = tokenizer.encode(TRIAL).ids
+        tokenizer.decode(ids, skip_special_tokens=False)
+        unknown = set(ids) - set(tokenizer.get_vocab().values())
+        if unknown:
+            raise ValueError(f"it makes the token {min(unknown)}, which it does not have")
+        return {}
+
+    return trial
 
 
 def files_of(tokenizer: Tokenizer, end_token_id: int) -> dict[str, bytes]:

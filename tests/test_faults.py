@@ -320,7 +320,7 @@ def test_only_one_process_trains_into_a_folder(tmp_path):
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run\n"
         code += f"with run.RunFolder({str(tmp_path)!r}).locked(): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
-        assert f"process {os.getpid()} is training into this folder" in done.stderr
+        assert f"process {os.getpid()} is writing into this folder" in done.stderr
     with folder.locked():  # given back
         pass
 

@@ -648,7 +648,7 @@ def test_the_command_line_says_in_one_line_that_the_directory_is_missing(tmp_pat
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--max-new-tokens", "500"], "context of 64"),
         (["--top-p", "2"], "top_p"),
-        (["--samples", "0"], "--samples 0: must be 1 or more"),
+        (["--samples", "0"], "--samples 0: must lie between 1 and 1000000"),
         (["--seed", str(2**70)], "--seed"),
         (["--temperature", "1e-40"], "temperature must be 0 .greedy. or a number from 0.001 up"),
         (["--prompt", "a\udcff"], "--prompt: not valid UTF-8"),

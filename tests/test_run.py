@@ -140,7 +140,7 @@ def test_provenance_does_without_git(monkeypatch):
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     sasr.train(config(tmp_path / "x", steps=0))
     before = (tmp_path / "x/metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match=r"is not empty, it holds checkpoint; name another, or --resume .*/x$"):
         sasr.train(config(tmp_path / "x"))
     assert (tmp_path / "x/metrics.jsonl").read_bytes() == before
 
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path):
     checkpoint = folder.find_checkpoint()
     for broken in ({"state": {"stepz": 1}}, {"config": {"gammaz": 1}}, {"config": None}):
         folder.save_checkpoint(checkpoint.tensors(), checkpoint.state | broken)
-        with pytest.raises(ValueError, match="x/checkpoint is not of this version of the program"):
+        with pytest.raises(ValueError, match="x/checkpoint does not fit this run: "):
             sasr.resume(tmp_path / "x")
 
 
@@ -370,7 +370,7 @@ def test_a_run_that_is_being_trained_is_neither_resumed_nor_branched(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         for said in ({}, {"out": str(tmp_path / "y")}):
-            with pytest.raises(ValueError, match=f"process {other.pid} is training into this folder"):
+            with pytest.raises(ValueError, match=f"process {other.pid} is writing into this folder"):
                 sasr.resume(tmp_path / "x", said)
         other.kill()
     assert not (tmp_path / "y").exists()
@@ -542,7 +542,9 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys, monke
     assert re.search(rf"accuracy +{final:.1%}", capsys.readouterr().out)
     assert (tmp_path / "runs/eval-knights-knaves-0/samples.jsonl").exists()
     assert sasr.main([*arguments, "--out", "runs/eval-knights-knaves-0"]) == 2
-    assert capsys.readouterr().err == "sasr.py: runs/eval-knights-knaves-0 already holds a run; name another --out\n"
+    assert capsys.readouterr().err == (
+        "sasr.py: --out runs/eval-knights-knaves-0 is not empty, it holds samples.jsonl; name another\n"
+    )
     assert sasr.main(["--resume", str(tmp_path / "x"), "--steps", "12"]) == 0
     assert len(lines(tmp_path / "x")) == 16
 

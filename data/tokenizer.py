@@ -32,7 +32,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 LARGE_FILE, SMALL_FILE = 200_000_000, 10_000_000
 
 TRIAL = "".join(map(chr, range(32, 127))) + "\n\u00e9\u4e2d\U0001f600"  # each kind of character
-TRIAL_MEMORY = 2**32  # bytes
+TRIAL_MEMORY = 2**30  # bytes; a vocabulary of 262,000 needs half of it
 
 
 class Codec:
@@ -302,8 +302,10 @@ def make_trial() -> Callable[[dict], dict]:
 
     def trial(request: dict) -> dict:
         tokenizer = Tokenizer.from_file(request["file"])
-        ids = tokenizer.encode(TRIAL).ids
+        ids = [i for text in ("", "a", TRIAL) for i in tokenizer.encode(text).ids]
         tokenizer.decode(ids, skip_special_tokens=False)
+        if len(ids) > 10 * len(TRIAL):  # a character of four bytes may take four tokens
+            raise ValueError(f"it makes {len(ids)} tokens of {len(TRIAL)} characters")
         unknown = set(ids) - set(tokenizer.get_vocab().values())
         if unknown:
             raise ValueError(f"it makes the token {min(unknown)}, which it does not have")

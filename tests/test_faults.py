@@ -282,6 +282,38 @@ def test_scores_are_shown_although_they_cannot_be_written(tmp_path, monkeypatch,
     assert captured.err.splitlines()[-1] == "sasr.py: [Errno 28] No space left on device"
 
 
+@pytest.mark.parametrize("name", ["model/notes.txt", "checkpoint.tmp/x", "samples.jsonl", "notes.txt"])
+def test_nothing_that_lies_in_the_folder_is_overwritten(tmp_path, capsys, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    sasr.train(config(tmp_path / "x", steps=0))
+    model = str(tmp_path / "x/model")
+    for arguments in (
+        flags_of(tmp_path / "run"),
+        ["--resume", str(tmp_path / "x"), "--steps", "1", "--out", str(tmp_path / "run")],
+        ["--eval-only", "--model", model, "--device", "cpu", "--out", str(tmp_path / "run")],
+    ):
+        assert sasr.main(arguments) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == f"sasr.py: --out {tmp_path / 'run'} is not empty, it holds {name.split('/')[0]}; name another"
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["model", "model.old", "checkpoint.tmp", "checkpoint.old"])
+def test_a_link_in_the_way_is_put_away_and_what_it_leads_to_stays(tmp_path, name):
+    folder = two_checkpoints(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("mine")
+    run.remove(folder.path / name)
+    (folder.path / name).symlink_to(tmp_path / "mine")
+    for value in (3, 4, 5):
+        folder.save_checkpoint({"w": torch.ones(1)}, {"value": value})
+        folder.replace_folder("model", lambda path: (path / "x").write_text("x"))
+    assert folder.find_checkpoint().state["value"] == 5
+    assert (tmp_path / "mine/file").read_text() == "mine"
+
+
 def test_half_a_line_of_the_metrics_is_taken_back(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.create({})
@@ -344,6 +376,23 @@ def test_a_step_that_is_not_finite_is_dropped_and_counted(tmp_path, monkeypatch)
     assert (trainer.state.bad_steps, trainer.state.bad_in_a_row) == (2, 2)
     trainer.step()
     assert (trainer.state.bad_steps, trainer.state.bad_in_a_row) == (2, 0)
+
+
+def test_a_warmup_of_which_every_step_is_dropped_leaves_the_yardstick_to_a_probe(tmp_path, monkeypatch, capsys):
+    original = sasr.accumulate_gradient
+    left = 3
+
+    def bad_at_first(*arguments):
+        nonlocal left
+        left -= 1
+        return original(*arguments) | ({"grad_norm": math.nan} if left >= 0 else {})
+
+    monkeypatch.setattr(sasr, "accumulate_gradient", bad_at_first)
+    assert sasr.train(config(tmp_path / "x", warmup_steps=2))["g_warmup"] is None or left < 0
+    monkeypatch.setattr(sasr, "accumulate_gradient", lambda *arguments: original(*arguments) | {"grad_norm": math.nan})
+    assert sasr.main([*flags_of(tmp_path / "y"), "--warmup-steps", "2"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "step 3: no SFT gradient before it was finite, so p_t has no yardstick; its batch is in" in said
 
 
 @pytest.mark.parametrize("controller", ["sft", "grpo"])
@@ -491,6 +540,56 @@ def test_a_reward_that_fails_is_reported_with_its_completion_and_counted(reward_
     assert reason in said
     assert f"{completion!r}" in said
     assert said.count("it counts as -1") == 1
+
+
+HOLDING = """
+import os, re, sys, time
+def reward(completion, example):
+    print(os.getpid(), file=sys.stderr, flush=True)
+    return re.match(r"(a+)+$", "a" * 60 + "b")  # for years, and with Python's lock in its hand
+"""
+
+
+def test_a_reward_does_not_outlive_a_run_that_is_killed(tmp_path):
+    (tmp_path / "reward.py").write_text(HOLDING)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data.isolated import IsolatedVerifier\n"
+    code += f"verify = IsolatedVerifier('x', {{}}, {str(tmp_path / 'reward.py:reward')!r}, seconds=100, on_error='0')\n"
+    code += "from data import Example; verify('x', Example('x', 'x'))"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as other:
+        child = int(other.stderr.readline())
+        other.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_reward_that_forks_answers_once(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import os\ndef reward(completion, example):\n    os.fork()\n    return len(completion)\n"
+    )
+    verify = isolated(f"{tmp_path / 'reward.py'}:reward", seconds=5)
+    assert [verify("x" * n, EXAMPLE).reward for n in range(30)] == list(range(30))
+    assert verify.failures == 0
+
+
+def test_a_verifier_that_died_between_two_questions_is_started_again(reward_file):
+    verify = isolated(reward_file)
+    verify.child.process.kill()
+    verify.child.process.wait()
+    assert verify("fine", EXAMPLE).reward == 4
+    assert verify.failures == 0
+
+
+@pytest.mark.parametrize("grade", ["Grade(0.5, 'yes', None)", "More(0.5, True, False, extra=3)"])
+def test_a_grade_of_the_users_becomes_a_plain_one(tmp_path, grade):
+    (tmp_path / "reward.py").write_text(
+        "import dataclasses\nfrom data import Grade\n"
+        "@dataclasses.dataclass(frozen=True)\nclass More(Grade):\n    extra: int = 0\n"
+        f"def reward(completion, example): return {grade}\n"
+    )
+    found = isolated(f"{tmp_path / 'reward.py'}:reward")("x", EXAMPLE)
+    assert (found.reward, found.correct, found.well_formed, found.flexible) == (0.5, True, False, None)
 
 
 def test_the_time_out_works_off_the_main_thread(reward_file):
@@ -641,6 +740,28 @@ def test_the_same_seed_gives_the_same_bits_with_deterministic_algorithms(tmp_pat
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_run_that_goes_on_has_no_summary_until_it_is_finished_again(tmp_path, monkeypatch):
+    sasr.train(config(tmp_path / "x", steps=4, lr_schedule="constant"))
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sasr.Trainer, "adaptive_step", broken)
+        with pytest.raises(ZeroDivisionError):
+            sasr.resume(tmp_path / "x", {"steps": 6})
+    assert not (tmp_path / "x/summary.json").exists()
+    sasr.resume(tmp_path / "x")
+    assert (tmp_path / "x/summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_was_closed_is_no_reason_to_fail(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    assert sasr.main(flags_of(tmp_path / "x")) == 0
+    assert (tmp_path / "x/summary.json").exists()
+
+
 def test_a_resume_says_what_it_changes(tmp_path, capsys):
     sasr.train(config(tmp_path / "x", steps=4, lr_schedule="constant"))
     sasr.resume(tmp_path / "x", {"steps": 5, "save_every": 1, "group_size": 3})
@@ -727,3 +848,122 @@ def test_threads_that_render_at_once_get_their_own_answers():
     for thread in threads:
         thread.join()
     assert said == {name: {name} for name in "abc"}
+
+
+# ---- A run's folder of a stranger ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory) -> Path:
+    """Of 4 steps, with moments, a reference policy, and more steps to come."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    sasr.train(config(out, warmup_steps=1, steps=3))
+    return out
+
+
+def with_checkpoint(source: Path, out: Path, change) -> RunFolder:
+    """A copy whose checkpoint `change` has put its hands on: one with valid sums."""
+    shutil.copytree(source, out)
+    folder = RunFolder(out)
+    found = folder.find_checkpoint()
+    tensors, state = found.tensors(), found.state
+    change(tensors, state)
+    shutil.rmtree(out / "checkpoint.old")
+    folder.save_checkpoint(tensors, state)
+    shutil.rmtree(out / "checkpoint.old")
+    return folder
+
+
+NAME = "layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, state: tensors.update({"optimizer.exp_avg.model." + NAME: torch.zeros(1)}),
+        lambda tensors, state: tensors.update({"optimizer.exp_avg_sq.model." + NAME: torch.zeros(0)}),
+        lambda tensors, state: tensors.update({"optimizer.step.model." + NAME: torch.zeros(3)}),
+        lambda tensors, state: tensors.update({"model.model." + NAME: torch.zeros(1, 1)}),
+        lambda tensors, state: tensors.update({"reference.model." + NAME: torch.zeros(())}),
+        lambda tensors, state: tensors.pop("model.model." + NAME),
+        lambda tensors, state: tensors.pop("optimizer.exp_avg.model." + NAME),
+        lambda tensors, state: tensors.pop("reference.model." + NAME),
+        *(
+            lambda tensors, state, name=name, value=value: state["state"].update({name: value})
+            for name in ("step", "sft_steps", "norm_step", "bad_in_a_row", "reward_failures")
+            for value in ("5", 5.5, math.nan, None, -5, [], True)
+        ),
+        *(
+            lambda tensors, state, name=name, value=value: state["state"].update({name: value})
+            for name in ("seconds", "accuracy", "scores", "unlogged", "reward")
+            for value in (3 if name != "reward" else [3], {"x": None} if name != "unlogged" else [1], "x")
+        ),
+        *(
+            lambda tensors, state, name=name, value=value: state["controller"].update({name: value})
+            for name in ("g_warmup", "g_last", "warmup_norms")
+            for value in (math.nan, -1.0, "x", [math.inf])
+        ),
+        *(
+            lambda tensors, state, name=name, value=value: state.update({name: value})
+            for name in ("state", "controller", "config", "fingerprint")
+            for value in (None, [], 3)
+        ),
+        *(
+            lambda tensors, state, name=name: state.pop(name)
+            for name in ("state", "controller", "config", "fingerprint")
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named_and_nothing_is_written(stopped_run, tmp_path, capsys, change):
+    folder = with_checkpoint(stopped_run, tmp_path / "run", change)
+    before = {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()}
+    assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"sasr.py: {folder.path / 'checkpoint'} does not fit this run: ")
+    assert {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("length", [-5, "x", None, 1.5])
+def test_a_checkpoint_with_an_impossible_length_of_the_metrics_is_not_used(stopped_run, tmp_path, capsys, length):
+    folder = with_checkpoint(stopped_run, tmp_path / "run", lambda tensors, state: None)
+    file = folder.path / "checkpoint/state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics_bytes": length}))
+    resum(folder.path / "checkpoint")
+    assert sasr.main(["--resume", str(folder.path)]) == 2
+    assert f"metrics_bytes {length!r}" in capsys.readouterr().err
+
+
+def resum(folder: Path) -> None:
+    sums = [f"{run._sha256(folder / name)}  {name}\n" for name in ("state.json", "tensors.safetensors")]
+    (folder / run.SUMS).write_text("".join(sums))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("state.json", b"[" * 100_000), ("tensors.safetensors", b"\xff" * 8), ("state.json", b"5")]
+)
+def test_a_checkpoint_of_garbage_with_valid_sums_is_one_line(stopped_run, tmp_path, capsys, name, content):
+    folder = with_checkpoint(stopped_run, tmp_path / "run", lambda tensors, state: None)
+    (folder.path / "checkpoint" / name).write_bytes(content)
+    resum(folder.path / "checkpoint")
+    assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"sasr.py: {folder.path / 'checkpoint'}")
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "config.json.tmp", "checkpoint/state.json", "model"])
+def test_a_link_in_a_runs_folder_changes_nothing_elsewhere(stopped_run, tmp_path, capsys, name):
+    shutil.copytree(stopped_run, tmp_path / "run")
+    (tmp_path / "mine").write_text("mine")
+    link = tmp_path / "run" / name
+    run.remove(link)
+    link.symlink_to(tmp_path / "mine")
+    assert sasr.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 2
+    assert capsys.readouterr().err.startswith(f"sasr.py: {link}: a link, or no plain file")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_pipe_in_a_runs_folder_is_named(stopped_run, tmp_path, capsys):
+    shutil.copytree(stopped_run, tmp_path / "run")
+    os.mkfifo(tmp_path / "run/pipe")
+    assert sasr.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 2
+    assert "run/pipe: a link, or no plain file" in capsys.readouterr().err

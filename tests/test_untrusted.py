@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
+import data.tokenizer
 import model as model_file
 from data.tokenizer import ChatTemplate, Codec
 from model import ModelConfig, Transformer, read_config
@@ -609,3 +610,53 @@ def test_any_settings_of_a_tokenizer_work_or_are_named(made, tmp_path_factory, n
             write(path / file, json.dumps(content))
             for kind in ("raw", "chat"):
                 works_or_names(lambda kind=kind: Codec.from_pretrained(path, prompt_format=kind), str(path))
+
+
+# ---- Tokenizers that abort, explode, or make tokens that are none ---------------------------------------------------
+
+
+def replaced(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def in_front(times: int, ids: list[int]) -> dict:
+    """A post-processor that puts a special token of these ids in front of the text, so many times."""
+    name = data.tokenizer.END
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}}] * times + [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {name: {"id": name, "ids": ids, "tokens": [name] * len(ids)}},
+    }
+
+
+GROWING = [replaced({"String": "e"}, "e" * 10)] * 9
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"normalizer": replaced({"String": ""}, "x")},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////////////////////w=="}},
+        {"normalizer": {"type": "Sequence", "normalizers": GROWING}},
+        {"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}},
+        {"decoder": {"type": "Sequence", "decoders": [BYTES] + [replaced({"Regex": "."}, "x" * 10)] * 9}},
+        {"post_processor": in_front(20_000, [0] * 5000)},
+        {"post_processor": in_front(1, [999_999])},
+        {"post_processor": {"type": "BertProcessing", "sep": ["x", 4_000_000_000], "cls": ["y", 0]}},
+        {"model": {"type": "WordLevel", "vocab": {data.tokenizer.END: 0}, "unk_token": "nope"}},
+    ],
+    ids=lambda rules: str(rules)[:40],
+)
+def test_a_tokenizer_that_does_not_work_is_one_line(tmp_path, capfd, rules):
+    good = json.loads(data.tokenizer.train_tokenizer(["hello world"], 300).to_str())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good | rules))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer that works \((raised|ended|took)") as error:
+        data.tokenizer.read_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # none of the library's panic, either
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good))
+    assert data.tokenizer.read_tokenizer(tmp_path / "tokenizer.json").encode("hello").ids

@@ -777,7 +777,7 @@ config = sasr.Config(**json.loads(sys.argv[1]))
 plan = sasr.memory_plan(sasr.Setting(config))["peak"]
 before = resident("VmRSS")
 trainer = sasr.Trainer(config)
-trainer._rewards = lambda completions, chosen: torch.arange(64.0).view(8, 8)  # an untrained model solves nothing
+trainer._rewards = lambda *_: (torch.arange(64.0).view(8, 8), 0)  # an untrained model solves nothing
 trainer.warmup_step()
 trainer.state.step += 1
 assert trainer.grpo_step()["grad_norm"] > 0

@@ -560,10 +560,10 @@ def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_p
         pytest.param("inductor", False, marks=pytest.mark.nightly),
     ],
 )
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path, monkeypatch):
     whole = Transformer.compile
     monkeypatch.setattr(Transformer, "compile", lambda self, **options: whole(self, backend=backend, **options))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     norms, weights = [], []
     for compile_it in (False, True):

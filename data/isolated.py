@@ -82,7 +82,9 @@ class Child:
                 raise TimeoutError(f"took more than {seconds:g} s")
             parts.append(os.read(self.process.stdout.fileno(), 65536))
             if not parts[-1]:
-                raise OSError(f"ended its process (exit code {self.process.wait()})")
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its output, and lives on
+                    self.process.wait(left)
+                raise OSError(f"ended its process (exit code {self.process.returncode})")
         return json.loads(b"".join(parts))
 
     def close(self) -> None:

@@ -498,6 +498,9 @@ def reward(completion, example):
         os._exit(7)
     if completion == "leave":
         raise SystemExit(3)
+    if completion == "close":
+        os.closerange(3, 100)
+        time.sleep(100)
     print("noise on standard output")
     return {"nan": float("nan"), "list": [1, 2], "text": "1", "none": None}.get(completion, len(example.prompt))
 """
@@ -524,6 +527,7 @@ EXAMPLE = Example("four", "a")
         ("sleep", "took more than 1 s"),
         ("die", "exit code 7"),
         ("leave", "raised SystemExit"),
+        ("close", "ended its process (exit code None)"),
         ("nan", "1e+09, got nan"),
         ("list", "1e+09, got [1, 2]"),
         ("text", "1e+09, got '1'"),

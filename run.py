@@ -90,6 +90,8 @@ class RunFolder:
     def locked(self):
         """Only one process may write into a folder. Raises ValueError naming the one that does."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "lock").is_symlink():
+            raise ValueError(f"{self.path / 'lock'}: a link; a run's folder has only files of its own")
         with (self.path / "lock").open("a+", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,8 @@ SECONDS = 10.0  # that a template may take for AT_ONCE conversations; an ordinar
 AT_ONCE = 200
 MEMORY = 2**29  # bytes of the process that renders
 LONGEST = 100_000  # characters of a template; published ones have a tenth
-MOST = 20_000  # characters that it may add to a conversation, which it may repeat once
+# Characters that it may add to a conversation, and to each message of it; what was said it may repeat once.
+MOST, MOST_A_MESSAGE = 20_000, 200
 
 
 class ChatTemplate:
@@ -73,8 +74,9 @@ def make_renderer():
         given = request["given"] | {"strftime_now": lambda pattern: now.strftime(pattern)}
         texts = [template.render(messages=m, tools=None, documents=None, **given) for m in request["conversations"]]
         for text, messages in zip(texts, request["conversations"], strict=True):
-            if len(text) > MOST + 2 * sum(len(message["content"]) for message in messages):
-                raise OverflowError(f"adds {len(text)} characters to a conversation")
+            said = sum(len(message["content"]) for message in messages)
+            if len(text) > MOST + MOST_A_MESSAGE * len(messages) + 2 * said:
+                raise OverflowError(f"makes {len(text)} characters of a conversation of {said}")
             text.encode()  # half a surrogate pair, which JSON can spell, is nothing that a tokenizer takes
         return {"texts": texts}
 

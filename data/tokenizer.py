@@ -202,11 +202,15 @@ def read_tokenizer(file: Path) -> Tokenizer:
     content = read_file(file, LARGE_FILE)
     if content is None:
         raise ValueError(f"{file}: no such file; the model's tokenizer belongs beside its weights, in this format")
-    tried = trials().ask({"file": str(file)})
+    tried = trials().ask({"file": str(file.resolve())})
     if "error" in tried:
         raise ValueError(f"{file}: not a tokenizer that works ({tried['error']})")
-    tokenizer = Tokenizer.from_buffer(content)
-    tokenizer.no_padding()  # lengths and limits are ours to keep
+    return without_lengths(Tokenizer.from_buffer(content))
+
+
+def without_lengths(tokenizer: Tokenizer) -> Tokenizer:
+    """Padding and truncation, which a file may set, are ours to keep."""
+    tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
@@ -301,7 +305,7 @@ def make_trial() -> Callable[[dict], dict]:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library's panics come with thousands of lines
 
     def trial(request: dict) -> dict:
-        tokenizer = Tokenizer.from_file(request["file"])
+        tokenizer = without_lengths(Tokenizer.from_file(request["file"]))
         ids = [i for text in ("", "a", TRIAL) for i in tokenizer.encode(text).ids]
         tokenizer.decode(ids, skip_special_tokens=False)
         if len(ids) > 10 * len(TRIAL):  # a character of four bytes may take four tokens

@@ -579,6 +579,33 @@ def test_a_reward_that_forks_answers_once(tmp_path):
     assert verify.failures == 0
 
 
+def test_a_verifier_outlives_the_thread_that_started_it(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import time\ndef reward(completion, example):\n    time.sleep(len(completion))\n    return 1\n"
+    )
+    verify, grades, ends = isolated(f"{tmp_path / 'reward.py'}:reward", seconds=5), [], threading.Event()
+    verify.child.close()
+
+    def first():
+        grades.append(verify("", EXAMPLE))
+        ends.wait()
+
+    def second():
+        grades.append(verify("x", EXAMPLE))
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    while not grades:
+        time.sleep(0.01)
+    threads[1].start()
+    time.sleep(0.3)
+    ends.set()
+    for thread in threads:
+        thread.join()
+    assert [grade.reward for grade in grades] == [1, 1]
+    assert verify.failures == 0
+
+
 def test_a_verifier_that_died_between_two_questions_is_started_again(reward_file):
     verify = isolated(reward_file)
     verify.child.process.kill()
@@ -828,6 +855,14 @@ def test_a_template_that_escapes_or_explodes_is_one_line(tmp_path, monkeypatch, 
     assert template("{{ messages[0].content }}!").render(ASKED, add_generation_prompt=True) == ["?!"]  # still served
 
 
+def test_a_long_conversation_is_no_explosion_and_a_page_for_a_word_is_one():
+    marked = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+    said = [{"role": "user", "content": "ok"}] * 2000
+    assert template(marked).render([said], add_generation_prompt=True)[0].count("ok") == 2000
+    with pytest.raises(ValueError, match="makes 30000 characters of a conversation of 1"):
+        template("{{ 'x' * 30000 }}").render(ASKED, add_generation_prompt=True)
+
+
 def test_a_template_of_novel_length_is_refused():
     with pytest.raises(ValueError, match="200000 characters, more than 100000"):
         template("a" * 200_000)
@@ -954,6 +989,15 @@ def test_a_checkpoint_of_garbage_with_valid_sums_is_one_line(stopped_run, tmp_pa
     assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"sasr.py: {folder.path / 'checkpoint'}")
+
+
+def test_a_link_for_a_lock_changes_nothing_elsewhere(tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lock").symlink_to(tmp_path / "mine")
+    assert sasr.main(flags_of(tmp_path / "run")) == 2
+    assert f"{tmp_path / 'run/lock'}: a link" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "config.json.tmp", "checkpoint/state.json", "model"])

@@ -630,6 +630,7 @@ def in_front(times: int, ids: list[int]) -> dict:
     }
 
 
+SHORT = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
 GROWING = [replaced({"String": "e"}, "e" * 10)] * 9
 BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 
@@ -643,6 +644,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "u
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////////////////////w=="}},
         {"normalizer": {"type": "Sequence", "normalizers": GROWING}},
         {"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}},
+        {"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}, "truncation": SHORT},
         {"decoder": {"type": "Sequence", "decoders": [BYTES] + [replaced({"Regex": "."}, "x" * 10)] * 9}},
         {"post_processor": in_front(20_000, [0] * 5000)},
         {"post_processor": in_front(1, [999_999])},
@@ -660,3 +662,13 @@ def test_a_tokenizer_that_does_not_work_is_one_line(tmp_path, capfd, rules):
     assert capfd.readouterr().err == ""  # none of the library's panic, either
     (tmp_path / "tokenizer.json").write_text(json.dumps(good))
     assert data.tokenizer.read_tokenizer(tmp_path / "tokenizer.json").encode("hello").ids
+
+
+def test_a_tokenizer_whose_file_pads_or_truncates_works_and_does_neither(tmp_path, monkeypatch):
+    tokenizer = data.tokenizer.train_tokenizer(["hello world"], 300)
+    ids = tokenizer.encode("hello hello hello").ids
+    tokenizer.enable_padding(length=2048, pad_id=77_777)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.chdir(tmp_path)
+    assert data.tokenizer.read_tokenizer(Path("tokenizer.json")).encode("hello hello hello").ids == ids

@@ -856,7 +856,9 @@ def test_a_template_that_escapes_or_explodes_is_one_line(tmp_path, monkeypatch, 
 
 
 def test_a_long_conversation_is_no_explosion_and_a_page_for_a_word_is_one():
-    marked = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+    marked = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+    )
     said = [{"role": "user", "content": "ok"}] * 2000
     assert template(marked).render([said], add_generation_prompt=True)[0].count("ok") == 2000
     with pytest.raises(ValueError, match="makes 30000 characters of a conversation of 1"):

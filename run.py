@@ -62,12 +62,6 @@ class RunFolder:
         self.write_json("config.json", config)
         self.metrics.touch()
 
-    def check_own(self) -> None:
-        """Raises ValueError for a link, a pipe or a device among a run's files: writing there would change others."""
-        for file in sorted(self.path.rglob("*")):
-            if file.is_symlink() or not (file.is_file() or file.is_dir()):
-                raise ValueError(f"{file}: a link, or no plain file; a run's folder has only files of its own")
-
     def write_json(self, name: str, value: dict) -> None:
         self._write(name, json.dumps(value, indent=2) + "\n")
 
@@ -88,16 +82,21 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self):
-        """Only one process may write into a folder. Raises ValueError naming the one that does."""
+        """The one way to write into a folder: one process at a time, and to files of its own only.
+
+        Raises ValueError naming the process that holds the lock, or what is a link, a pipe or a device.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "lock").is_symlink():
-            raise ValueError(f"{self.path / 'lock'}: a link; a run's folder has only files of its own")
-        with (self.path / "lock").open("a+", encoding="ascii") as file:
+        lock = self.path / "lock"
+        check_plain(lock)
+        with lock.open("a+", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise ValueError(f"{self.path}: process {file.read() or '?'} is writing into this folder") from None
+            for found in sorted(self.path.rglob("*")):  # not before: the files of a run at work come and go
+                check_plain(found)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -240,6 +239,12 @@ def naming(path: Path):
         if getattr(error, "filename", None):
             raise
         raise OSError(f"{path}: {error}") from error
+
+
+def check_plain(path: Path) -> None:
+    """Raises ValueError for a link, a pipe or a device: to write there would change something else."""
+    if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise ValueError(f"{path}: a link, or no plain file; a run's folder has only files of its own")
 
 
 def remove(path: Path) -> None:

@@ -678,13 +678,12 @@ def load_task_spec(spec: str, path: str, seed: int, **more) -> Task:
     return load_task(name, path or None, seed=seed, **options, **more)
 
 
-def generated_task(config: Config, field_name: str) -> Task:
+def generated_task(flag: str, spec: str, seed: int) -> Task:
     """A second task beside --task, which has no data of its own. Raises ValueError naming the flag."""
-    spec = getattr(config, field_name)
     able = [name for name, module in TASKS.items() if hasattr(module, "generate")]
     if spec.partition(":")[0] not in able:
-        raise ValueError(f"{flag_name(field_name)} {spec}: only generated tasks can serve here: {', '.join(able)}")
-    return load_task_spec(spec, "", config.seed)
+        raise ValueError(f"{flag} {spec}: only generated tasks can serve here: {', '.join(able)}")
+    return load_task_spec(spec, "", seed)
 
 
 # Out of the domain but within its vocabulary: claims of three operands instead of two, four numbers instead of three.
@@ -701,11 +700,11 @@ def load_tasks(config: Config) -> tuple[Task, Task, Task | None]:
             task.name, options, config.reward, seconds=config.reward_seconds, on_error=config.reward_on_error
         )
         task = dataclasses.replace(task, verify=isolated)
-    warmup = generated_task(config, "warmup_task") if config.warmup_task else task
-    if config.ood_task == "auto":  # the sibling fits the task's own defaults only, and its own verifier
-        plain = not (config.data or config.reward)
-        config = dataclasses.replace(config, ood_task=SIBLINGS.get(config.task, "none") if plain else "none")
-    return task, warmup, None if config.ood_task == "none" else generated_task(config, "ood_task")
+    warmup = generated_task("--warmup-task", config.warmup_task, config.seed) if config.warmup_task else task
+    ood = config.ood_task
+    if ood == "auto":  # the sibling fits the task's own defaults only, and its own verifier
+        ood = "none" if config.data or config.reward else SIBLINGS.get(config.task, "none")
+    return task, warmup, None if ood == "none" else generated_task("--ood-task", ood, config.seed)
 
 
 def small_shape(config: Config, codec: Codec, context: int) -> ModelConfig:
@@ -1280,7 +1279,6 @@ def resume(out: str, said: dict | None = None) -> dict:
     folder = RunFolder(out)
     written = Config.from_json(folder.read_json("config.json"), folder.path / "config.json")
     written.out = str(folder.path)  # it may have been moved
-    folder.check_own()
     with folder.locked():
         checkpoint = folder.find_checkpoint()
         config = resumed_config(written, checkpoint, said or {})

@@ -1,24 +1,22 @@
 """A decoder-only transformer (Llama, Mistral, Qwen2, Qwen3) with a KV cache, and its checkpoints in and out.
 
-Read it top to bottom: configuration, rotary positions, cache, attention, MLP, the stack, the files.
+Read it top to bottom: configuration, rotary positions, cache, attention, MLP, the stack, completions, the files.
 Parameters carry their Hugging Face names, so a checkpoint loads without a mapping table, and what
 `save_pretrained` writes opens in transformers.
 
-Three things differ from the code that people know:
+Three things differ from the usual implementations:
 
-* `forward` returns hidden states, not logits. A training step needs the logits of the drawn tokens only,
+* `forward` returns hidden states, not logits. A training step needs the log-probs of the target tokens only,
   and `kernels.token_logprobs` gets those without holding a large [N, V] matrix.
 * A row's token at position p lives in cache slot p. One rule, `slot <= position`, is then the whole mask of
-  decoding: ragged prompts are padded on the right, and a pad's slot is overwritten by the first real token
-  that needs it before anyone may look at it.
-* There is no attention mask argument. What a token sees follows from the cache: nothing but the tokens before
+  decoding: ragged prompts are padded on the right, and the slot of a padding token is overwritten by the first
+  real token that needs it before any token may attend to it.
+* `forward` takes no attention mask. What a token attends to follows from the cache: nothing but the tokens before
   it (no cache), a row's own past (`KVCache`), or a prompt that several completions share (`SharedPrompts`).
 
 Shape letters: B sequences, T time, S cache slots, D hidden, H query heads, K key-value heads, L layers, V vocabulary,
 N completion tokens.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -26,7 +24,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from reprlib import repr as shown  # cut short: a foreign file's value may be long
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -36,24 +34,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+from data.files import check_link, check_number, one_line, read_json, short_repr
+
+ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "mistral", "qwen2", "qwen3")}
 
 # Keys of a Hugging Face config.json that change the computation, with the one value implemented here.
-FIXED_KEYS = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-}
+FIXED_KEYS = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+FIXED_KEYS |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), False)
 
-# What the numbers of a config.json may be, the least and the most: far more than published models have (Llama 3.1 405B:
-# hidden 16384, 126 layers; contexts of ten million tokens). A whole number as a limit asks for a whole number.
+# The smallest and the largest number that a config.json may hold: far beyond published models (Llama 3.1 405B: hidden
+# 16384, 126 layers; contexts of ten million tokens). Where the limits are whole numbers, the value must be one.
 LIMITS = {
     "vocab_size": (1, 10**7),
     "hidden_size": (1, 10**6),
@@ -75,15 +65,6 @@ LIMITS = {
     "beta_slow": (1e-3, 1e6),
     "attention_factor": (1e-3, 1e3),
 }
-JSON_BYTES = 50_000_000  # of a config.json or an index: more is none
-
-
-def check_number(name: str, value) -> None:
-    """Raises ValueError where a number of config.json is none, or beyond its limits; NaN is beyond any."""
-    least, most = LIMITS[name]
-    if type(value) not in (int, type(least)) or not least <= value <= most:
-        kind = "whole number" if isinstance(least, int) else "number"
-        raise ValueError(f"config: {name} {shown(value)} is not a {kind} from {least} to {most}")
 
 
 # ----------------------------------------------------------------------------- configuration
@@ -113,44 +94,48 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.model_type not in [*ARCHITECTURES]:
-            raise ValueError(f"config: model_type {shown(self.model_type)} is not one of {', '.join(ARCHITECTURES)}")
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"config: model_type {short_repr(self.model_type)} is not one of {known}")
         for field in fields(self):
             if field.name in LIMITS:
-                check_number(field.name, getattr(self, field.name))
+                check_number(f"config: {field.name}", getattr(self, field.name), *LIMITS[field.name])
         if type(self.tie_word_embeddings) is not bool:
-            raise ValueError(f"config: tie_word_embeddings {shown(self.tie_word_embeddings)} is not true or false")
+            raise ValueError(f"config: tie_word_embeddings {short_repr(self.tie_word_embeddings)} is not true or false")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
             listed = ids if isinstance(ids, list) and name == "eos_token_id" else [] if ids is None else [ids]
             if any(type(i) is not int or not -1 <= i <= LIMITS["vocab_size"][1] for i in listed):
-                raise ValueError(f"config: {name} {shown(ids)} is not a token id")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+                raise ValueError(f"config: {name} {short_repr(ids)} is not a token id")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(f"config: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim {self.head_dim} is odd; rotary positions need pairs")
         rope_frequencies(self)  # an unknown kind of scaling is an error now, not at the first step
 
     @classmethod
-    def from_dict(cls, config_json: dict) -> ModelConfig:
+    def small(cls, vocab_size: int, hidden_size: int, layers: int, heads: int, context: int, end: int) -> Self:
+        """A Qwen3 to train from scratch. The context is a limit, not a table: rotary positions take no memory."""
+        key_values, head_dim, context = heads, hidden_size // heads, max(context, 4096)
+        sizes = (vocab_size, hidden_size, 3 * hidden_size, layers, heads, key_values, head_dim, context)
+        return cls(*sizes, tie_word_embeddings=True, eos_token_id=end)
+
+    @classmethod
+    def from_dict(cls, config_json: dict) -> Self:
         """Read the keys of a Hugging Face config.json (transformers 4 or 5).
 
         Raises ValueError naming the key that is missing or that asks for something not implemented here.
         """
-        if not isinstance(config_json, dict):
-            raise ValueError(f"config: a JSON object is needed, not {type(config_json).__name__}")
         raw = dict(config_json)
         for key, only in FIXED_KEYS.items():
             if raw.get(key, only) not in (only, None):
-                raise ValueError(f"config: {key}={shown(raw[key])} is not supported, only {only!r}")
+                raise ValueError(f"config: {key}={short_repr(raw[key])} is not supported, only {only!r}")
         layers = raw.get("layer_types")
         if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
-            raise ValueError(f"config: layer_types={shown(layers)} is not supported, only a list of full_attention")
+            raise ValueError(f"config: layer_types={short_repr(layers)} is not supported, only all full_attention")
         for key in ("rope_parameters", "rope_scaling"):
             if not isinstance(raw.get(key), dict | None):
-                raise ValueError(f"config: {key} {shown(raw[key])} is not an object")
+                raise ValueError(f"config: {key} {short_repr(raw[key])} is not an object")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling")  # transformers 5 / transformers 4
         if rope is not None:
             rope = dict(rope)
@@ -162,7 +147,7 @@ class ModelConfig:
         try:
             if raw.get("head_dim") is None:
                 for name in ("hidden_size", "num_attention_heads"):
-                    check_number(name, raw[name])
+                    check_number(f"config: {name}", raw[name], *LIMITS[name])
                 raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
             if raw.get("num_key_value_heads") is None:
                 raw["num_key_value_heads"] = raw["num_attention_heads"]
@@ -174,7 +159,7 @@ class ModelConfig:
             raise ValueError(f"config: {str(error).replace('ModelConfig.__init__() ', '')}") from None
         window, context = raw.get("sliding_window"), config.max_position_embeddings
         if config.model_type == "mistral" and window is not None and (type(window) is not int or window < context):
-            raise ValueError(f"config: sliding_window={shown(window)} is not supported, only null (full attention)")
+            raise ValueError(f"config: sliding_window={short_repr(window)} is not supported, only null")
         return config
 
     def to_dict(self) -> dict:
@@ -183,7 +168,7 @@ class ModelConfig:
             "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",
             "attention_bias": False,
-            "sliding_window": None,  # not to say so means 4096 for a Mistral
+            "sliding_window": None,  # if absent, transformers assumes 4096 for a Mistral
         }
 
 
@@ -204,13 +189,13 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         return frequencies, 1.0
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in ("linear", "llama3", "yarn"):
-        raise ValueError(f"config: rope_type {shown(kind)} is not one of default, linear, llama3, yarn")
+        raise ValueError(f"config: rope_type {short_repr(kind)} is not one of default, linear, llama3, yarn")
     for name in ("factor", *("low_freq_factor", "high_freq_factor") * (kind == "llama3")):
         if scaling.get(name) is None:
             raise ValueError(f"config: rope_scaling of type {kind} needs a {name}")
     for name, value in scaling.items():
         if name in LIMITS and value is not None:
-            check_number(name, value)
+            check_number(f"config: {name}", value, *LIMITS[name])
     factor = scaling["factor"]
     trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings  # tokens
 
@@ -243,8 +228,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return (1 - divide) * frequencies + divide * frequencies / factor, attention_factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim/2]) of x [B, heads, T, head_dim] by its angle [B, 1, T, head_dim]."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + head_dim/2]) of x [B, heads, T, head_dim] by their angles [B, 1, T, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -257,67 +242,65 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, *, dtype: torch.dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        # Zeros, not empty: a slot that no one may look at has weight 0, and 0 * NaN is NaN.
+        # Zeros, not empty: a slot that no token may attend to has weight 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
-
-    @property
-    def bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        self.bytes = self.keys.nbytes + self.values.nbytes
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put [B, K, T, head_dim] into the slots positions [B, T]."""
+        """Put keys and values [B, K, T, head_dim] into the slots `positions` [B, T]."""
         self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][self.rows, :, positions] = values.transpose(1, 2)
 
-    def extended(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write, and give all keys and values, [B, K, S, head_dim]."""
+    def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write, and return all keys and values, both [B, K, S, head_dim]."""
         self.write(layer, positions, keys, values)
         return self.keys[layer], self.values[layer]
 
-    def visible(self, positions: Tensor) -> Tensor:
-        """Which slots the tokens at positions [B, T] see: bool [B, 1, T, S]."""
+    def attention_mask(self, positions: Tensor) -> Tensor:
+        """Which slots the tokens at positions [B, T] attend to: bool [B, 1, T, S]."""
         return torch.arange(self.keys.shape[3], device=positions.device) <= positions[:, None, :, None]
 
-    def first(self, batch: int, slots: int) -> KVCache:
-        """The first rows and slots, sharing memory: a step pays for the rows that are left and the slots in use."""
+    def view(self, batch: int, slots: int) -> Self:
+        """The first rows and slots, sharing memory: a step pays for the active rows and the slots in use."""
         view = object.__new__(KVCache)
         view.keys, view.values = self.keys[:, :batch, :, :slots], self.values[:, :batch, :, :slots]
         view.rows = self.rows[:batch]
         return view
 
-    def copy_rows(self, targets: Tensor, source: KVCache, rows: Tensor) -> None:
-        """Copy rows of another cache, or of this one, and as many slots as that has: to fan out, or to close gaps."""
+    def copy_rows(self, targets: Tensor, source: Self, rows: Tensor) -> None:
+        """Overwrite the rows `targets` [n] by the rows `rows` [n] of another cache or a view, in all of its slots."""
         slots = source.keys.shape[3]
         self.keys[:, targets, :, :slots] = source.keys[:, rows]
         self.values[:, targets, :, :slots] = source.values[:, rows]
 
 
 class SharedPrompts:
-    """What Q prompts left behind for B completions to see, as a cache that gradients flow back through.
+    """Keys and values of Q prompts that B completions attend to: a cache that gradients flow back through.
 
     A group's completions share a prompt, so a training step may read it once, as the sampler does: first
     `model(prompts, cache=shared)`, then `model(completions, positions, cache=shared)`. Nothing changes in place.
     """
 
-    def __init__(self, lengths: Tensor, owner: Tensor):
-        """lengths [Q] of the prompts, which are padded on the right; owner [B], the prompt of each completion."""
-        self.lengths, self.owner = lengths, owner
+    def __init__(self, lengths: Tensor, prompt_index: Tensor):
+        """lengths [Q] of the prompts, padded on the right; prompt_index [B], the prompt of each completion; int64."""
+        self.lengths, self.prompt_index = lengths, prompt_index
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, [Q, K, T_prompt, head_dim]
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep the prompts' keys and values; gradient checkpointing computes them again, and gets the same."""
         self.layers[layer] = keys, values
 
-    def extended(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompts' keys and values before those of the completions: [B, K, T_prompt + T, head_dim]."""
-        prompt_keys, prompt_values = self.layers[layer]
-        return torch.cat((prompt_keys[self.owner], keys), 2), torch.cat((prompt_values[self.owner], values), 2)
+    def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompts' keys and values before those of the completions, both [B, K, T_prompt + T, head_dim]."""
+        (prompt_keys, prompt_values), index = self.layers[layer], self.prompt_index
+        return torch.cat((prompt_keys[index], keys), 2), torch.cat((prompt_values[index], values), 2)
 
-    def visible(self, positions: Tensor) -> Tensor:
+    def attention_mask(self, positions: Tensor) -> Tensor:
         """The whole prompt and the completion's tokens so far: bool [B, 1, T, T_prompt + T]."""
         (batch, time), device = positions.shape, positions.device
-        in_prompt = torch.arange(self.layers[0][0].shape[2], device=device) < self.lengths[self.owner, None]
+        in_prompt = torch.arange(self.layers[0][0].shape[2], device=device) < self.lengths[self.prompt_index, None]
         so_far = torch.ones(time, time, dtype=torch.bool, device=device).tril()
         return torch.cat((in_prompt[:, None].expand(batch, time, -1), so_far.expand(batch, time, time)), 2)[:, None]
 
@@ -326,17 +309,17 @@ class SharedPrompts:
 
 
 class Linear(nn.Linear):
-    """x W^T + bias, turned round where that is faster: for the few rows of a decoding step on a CPU.
+    """x W^T + bias, computed as (W x^T)^T where that is faster: for the few rows of a decoding step on a CPU.
 
-    For large W and at most 128 rows MKL computes W x^T a quarter faster than x W^T. The result is a view of that.
+    For large W and at most 128 rows MKL computes W x^T a quarter faster than x W^T. The result is then a view.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if self.weight.numel() < 2**18 or torch.is_grad_enabled() or x.device.type != "cpu" or rows > 128:
             return super().forward(x)
-        turned = x.reshape(rows, -1).T  # [in, rows]
-        out = self.weight @ turned if self.bias is None else torch.addmm(self.bias[:, None], self.weight, turned)
+        columns = x.reshape(rows, -1).T  # [in, rows]
+        out = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
         return out.T.view(*x.shape[:-1], -1)
 
 
@@ -369,22 +352,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else nn.Identity()
         self.grouped = config.num_key_value_heads != config.num_attention_heads
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, visible: Tensor | None, cache):
-        """Without `visible` these are the first tokens of their sequences, and each sees those before it."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor | None, cache):
+        """x [B, T, D] -> [B, T, D]. Without a mask these are a sequence's first tokens, and attention is causal."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, head_dim]
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, K, T, head_dim]
         v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, head_dim]
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        if visible is None:
+        q, k = apply_rotary(q, cos, sin).to(v.dtype), apply_rotary(k, cos, sin).to(v.dtype)
+        if mask is None:
             if cache is not None:
                 cache.write(self.layer, positions, k, v)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
-            k, v = cache.extended(self.layer, positions, k, v)  # [B, K, S, head_dim]
-            # The heads that share keys become the rows of one attention, and no one copies keys for them.
+            k, v = cache.update(self.layer, positions, k, v)  # [B, K, S, head_dim]
+            # The query heads that share keys become the rows of one attention, so that keys are not copied for each.
             rows = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim).contiguous()  # [B, K, H / K * T, head_dim]
-            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).reshape(q.shape)
+            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
@@ -447,10 +430,6 @@ class Transformer(nn.Module):
         """The output matrix [V, D]: the embedding itself where the two are tied."""
         return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    @property
-    def device(self) -> torch.device:
-        return self.head.device
-
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.head)  # [..., V]
 
@@ -459,37 +438,34 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Final hidden states [B, T, D] of input_ids [B, T], int64.
 
-        Without positions [B, T] they are 0..T-1, and attention is causal over these tokens; a cache keeps them. With
-        positions and a cache, the tokens go on with what is in the cache: they see that, and themselves so far.
+        Without positions [B, T] they are 0..T-1, and attention is causal over these tokens, whose keys and values a
+        cache keeps. With positions and a cache, the tokens continue what is in the cache: each attends to that and to
+        those of these tokens that stand before it.
         """
-        visible = None
+        mask = None
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)  # [B, T]
         elif cache is not None:
-            visible = cache.visible(positions)  # [B, 1, T, S]
+            mask = cache.attention_mask(positions)  # bool [B, 1, T, S]
             if input_ids.shape[1] > 1:
-                visible = self._as_bias(visible)
+                # As a bias, 0 or -inf: else attention makes one of the bool mask in every layer, and keeps each for
+                # backward. It has a row for each of the query heads that share keys: [B, 1, H / K * T, S].
+                device = mask.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
+                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+                mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
         x = self.model["embed_tokens"](input_ids)  # [B, T, D]
         cos, sin = self._angles(positions, x.dtype)  # [B, 1, T, head_dim]
         for layer in self.model["layers"]:
-            inputs = (x, cos, sin, positions, visible, cache)
+            inputs = (x, cos, sin, positions, mask, cache)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
         return self.model["norm"](x)  # [B, T, D]
 
-    def _as_bias(self, visible: Tensor) -> Tensor:
-        """0 where a token sees a slot, else -inf: [B, 1, H / K * T, S], a row for each of the heads that share keys.
-
-        Attention makes this of a bool mask by itself, but in every layer anew, and keeps each for backward.
-        """
-        kind = visible.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
-        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-        return bias.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
-
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles at positions [B, T], both [B, 1, T, head_dim]."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
         angles = positions[:, None, :, None].float() * self.frequencies  # [B, 1, T, head_dim/2], fp32
@@ -499,7 +475,7 @@ class Transformer(nn.Module):
     # ------------------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device="cpu") -> Self:
         """Load a directory with config.json and safetensors, one file or sharded, of floats of 16 to 64 bits.
 
         Raises ValueError naming the file and the tensor that is missing, surplus or of the wrong shape.
@@ -545,12 +521,34 @@ class Transformer(nn.Module):
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
+# ----------------------------------------------------------------------------- completions, in training
+
+
+def completion_hidden(model: Transformer, micro) -> Tensor:
+    """The hidden states that predict the completion tokens, [N, D]; no logits are made of prompts and padding.
+
+    `micro` is a data.batch.MicroBatch. A prompt that several of its sequences share is read once.
+    """
+    if len(micro.prompts) == len(micro.prompt_index):
+        return model(micro.prompts)[micro.sequence_index, micro.position]
+    shared = SharedPrompts(micro.prompt_lengths, micro.prompt_index)
+    prompt_hidden = model(micro.prompts, cache=shared)  # [q, T_prompt, D]
+    start = micro.prompt_lengths[micro.prompt_index]  # [b] the position of each first completion token
+    hidden = prompt_hidden[micro.prompt_index, start - 1][:, None]  # [b, 1, D] predicts that token
+    if micro.completions.shape[1]:
+        positions = start[:, None] + torch.arange(micro.completions.shape[1], device=start.device)  # [b, T - 1]
+        hidden = torch.cat((hidden, model(micro.completions, positions, shared)), dim=1)  # [b, T, D]
+    return hidden[micro.sequence_index, micro.position]
+
+
+# ----------------------------------------------------------------------------- the files of a checkpoint
+
+
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     """The directory of a checkpoint: `name` itself, or the snapshot of a model on the Hugging Face hub.
 
-    The hub's files (the weights among them, or not) are downloaded once and then found in its cache, with or without a
-    network. Raises ValueError where there is no such directory and no such model, or where neither network nor cache
-    has it.
+    The hub's files (without the weights, if `weights` is False) are downloaded once and then found in its cache, with
+    or without a network. Raises ValueError where there is neither such a directory nor such a model to be found.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -560,17 +558,12 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
         patterns = ["*.json", "*.jinja", "tokenizer.model", *["*.safetensors"] * weights]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # what a network may raise depends on the version of two libraries
-        raise ValueError(
-            f"--model {name}: no such directory, and the hub's model is not to be had ({one_line(error)})"
-        ) from None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+        reason = f"no such directory, and the hub's model is unavailable ({one_line(error)})"
+        raise ValueError(f"--model {name}: {reason}") from None
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """ModelConfig of a checkpoint directory; ValueError naming the file that is absent or wrong."""
+    """The ModelConfig of a checkpoint directory. Raises ValueError naming the file that is absent or wrong."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a checkpoint directory holds config.json and safetensors")
@@ -582,51 +575,33 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def read_tensors(path: Path):
-    """Yield (name, file, tensor) of a checkpoint directory: model.safetensors, or the shards of its index."""
+    """Yield (name, file, tensor) of a checkpoint directory: model.safetensors, or the shards of its index.
+
+    Raises ValueError naming the file that is absent, leads out of the directory or cannot be read.
+    """
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif index.is_file():
-        content = read_json(index)
-        try:
-            names = {name if isinstance(name, str) else shown(name) for name in content["weight_map"].values()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not an index with a weight_map of file names ({error!r})") from None
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: weight_map {short_repr(weight_map)} is not an object of file names")
+        names = {name if isinstance(name, str) else short_repr(name) for name in weight_map.values()}
     elif pickles := [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in sorted(path.glob(kind))]:
         raise ValueError(
-            f"{path}: only pickles are there ({shown(pickles[0])}), and reading one can run code; where you trust it, "
-            f"convert it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            f"{path}: only pickles are there ({short_repr(pickles[0])}), and reading one can run code; if you trust "
+            f"it, convert it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     else:
         raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
     for name in sorted(names):
         file = path / name
-        if not re.fullmatch(r"[\w-][\w.-]*", name) or not os.path.isfile(file):  # no path, and no name too long for one
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or not os.path.isfile(file):  # Path.is_file may raise
             raise ValueError(f"{index}: names the shard {name[:100]!r}, which is not a file of this directory")
         check_link(file)
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                     yield key, file, tensors.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable safetensors file ({one_line(error)})") from None
-
-
-def read_json(file: Path):
-    """Raises ValueError for what is no JSON, too large, nested too deeply, or not a file of its directory."""
-    check_link(file)
-    if file.stat().st_size > JSON_BYTES:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes, more than {JSON_BYTES}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-
-
-def check_link(file: Path) -> None:
-    """Raises ValueError for a link out of the file's directory, or, in the hub's cache, out of the model's."""
-    home, target = file.parent.resolve(), file.resolve()
-    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
-        home = home.parents[1]  # snapshots/COMMIT/ has links into blobs/
-    if not target.is_relative_to(home):
-        raise ValueError(f"{file}: a link that leads out of its directory, to {target}")

@@ -1,15 +1,15 @@
 """Log-probs of a large vocabulary: this project's kernels beside their peers, on one card, in one run.
 
     python benchmarks/kernels.py                  # tables, then one JSON line
-    python benchmarks/kernels.py --tune           # every tile that may be chosen, instead of the peers
+    python benchmarks/kernels.py --tune           # all candidate tiles, instead of the peers
     python benchmarks/kernels.py --device cpu     # whether the script works; such figures mean nothing
 
 Every peer maps hidden states [N, D] and a head [V, D] to log-probs of given tokens, in bf16, and, where it can, to
 the entropy as well. Times are medians of `triton.testing.do_bench`. `extra memory` is the peak above what was there
-before and above the gradients that everyone must return. The ceilings, a square matrix product and a copy, are
+before and above the gradients that every method must return. The ceilings, a square matrix product and a copy, are
 measured first; a floor is the matrix products that no method can leave out (one forward, three with backward) at that
 rate, and `of floor` how much of the time they are. A method that recomputes the logits in backward does four products
-and can reach 75%. Peers that are not there are named, with the reason.
+and can reach 75%. Peers that cannot be imported are named, with the reason.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def peers() -> dict[str, object]:
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = lambda h, w, t, temperature: F.linear_cross_entropy(h, w, t)
     else:
-        found["F.linear_cross_entropy"] = f"torch {torch.__version__} has none"
+        found["F.linear_cross_entropy"] = f"not in torch {torch.__version__}"
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -168,7 +168,7 @@ def median_ms(function, device: torch.device) -> float:
 
 
 def peak_bytes(function, device: torch.device) -> int:
-    """The most memory that a call takes above what is allocated before it. 0 where nobody counts (CPU)."""
+    """The most memory that a call takes above what is allocated before it, in bytes; 0 on a CPU: unknown."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize()
@@ -219,13 +219,13 @@ def ceilings(device: torch.device) -> dict[str, float]:
 def inputs(n: int, v: int, d: int, device: torch.device):
     """bf16 operands with logits of standard deviation 2, targets, and upstream gradients of both results."""
     generator = torch.Generator(device).manual_seed(0)
-    draw = {"device": device, "generator": generator}
-    hidden = torch.randn(n, d, **draw).bfloat16()
-    weight = (2 / d**0.5 * torch.randn(v, d, **draw)).bfloat16()
+    options = {"device": device, "generator": generator}
+    hidden = torch.randn(n, d, **options).bfloat16()
+    weight = (2 / d**0.5 * torch.randn(v, d, **options)).bfloat16()
     if device.type == "cpu":  # Triton's interpreter multiplies the bit patterns of bf16
         hidden, weight = hidden.float(), weight.float()
-    targets = torch.randint(v, (n,), **draw)
-    return hidden.requires_grad_(), weight.requires_grad_(), targets, torch.randn(2, n, **draw) / n
+    targets = torch.randint(v, (n,), **options)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, torch.randn(2, n, **options) / n
 
 
 def error_of(error: Exception) -> str:
@@ -267,11 +267,11 @@ def small_kernels(n: int, v: int, d: int, device: torch.device) -> dict[str, flo
     given = [torch.randn(n, device=device) for _ in range(4)]
     given[0].requires_grad_()
     mask = torch.ones(n, device=device)
-    reference.LOGITS_AT_ONCE = 2**28  # its default is for a CPU's cache
+    reference.MAX_LOGITS = 2**28  # its default suits the cache of a CPU
     options = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.05}
 
-    def loss(room):
-        return lambda: torch.autograd.grad(room.grpo_loss(*given, mask, **options)[0], given[0])
+    def loss(module):
+        return lambda: torch.autograd.grad(module.grpo_loss(*given, mask, **options)[0], given[0])
 
     operands = [t.detach() for seed in range(2) for t in inputs(n, v, d, device)[:2]]
     operands[2] = operands[2] + 0.1

@@ -23,6 +23,8 @@ import torch
 import sasr
 from benchmarks.rollout import peak_of_process
 from benchmarks.step import make_checkpoint
+from run.memory import memory_plan
+from run.setup import Setup
 
 FROM_SCRATCH = {"task": "countdown:train_size=200,test_size=8", "hidden_size": 512, "layers": 8, "heads": 8}
 RUN = {
@@ -53,7 +55,7 @@ def resident() -> float:
 def measure(flags: dict) -> dict:
     """The plan in bytes, and the peak of a run."""
     config = sasr.Config(**flags)
-    plan = sasr.memory_plan(sasr.Setting(config))
+    plan = memory_plan(Setup(config))
     before = resident()
     sasr.train(config)
     peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else peak_of_process() - before

@@ -4,11 +4,12 @@
     python benchmarks/rollout.py --device cpu --shapes small
     python benchmarks/rollout.py --curve                # cost of a token over batch and length instead of peers
 
-Weights are random, so lengths would be too: a share of the vocabulary counts as stop tokens, which gives everybody
-completions of the same geometric spread (`mean` tokens, cut at `most`), or none does, and all have `most` tokens. Each
-measurement is a process of its own, since peak memory of a process only grows: on a CPU its resident set, on CUDA
-what PyTorch allocated. `generate` is called as its users call it, with num_return_sequences. Times are medians after
-one call that is not counted; a CPU makes one call only where a call takes a minute.
+Weights are random, so lengths would be too. Hence a share of the vocabulary counts as stop tokens, which gives every
+engine completions of the same geometric distribution (`mean` tokens, cut at `max_new`); or there are no stop tokens,
+and all have `max_new` tokens. Each measurement is a process of its own, since peak memory of a process only grows: on a
+CPU its resident set, on CUDA what PyTorch allocated. `generate` is called as its users call it, with
+num_return_sequences. Times are medians after one call that is not counted; on a CPU it is one call only, where a call
+takes a minute.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ SHAPES = {
     },
 }
 
-# prompts, completions a prompt, shortest and longest prompt, mean new tokens (0: no stop tokens), most new tokens
+# prompts, completions a prompt, shortest and longest prompt, mean new tokens (0: no stop tokens), maximum of new tokens
 CASES = {
     "cpu": {
         "small": [(8, 8, 20, 40, 64, 256), (16, 32, 20, 40, 64, 256)],
@@ -91,8 +92,8 @@ def make(shape: str, case: tuple, device: torch.device):
     return model, prompts, stops
 
 
-def of_this_project(model, prompts, stops, group: int, most: int, device):
-    params = SamplingParams(most, stop_token_ids=stops)
+def of_this_project(model, prompts, stops, group: int, max_new: int, device):
+    params = SamplingParams(max_new, stop_token_ids=stops)
 
     def call(seed: int) -> list[int]:
         generator = torch.Generator(device).manual_seed(seed)
@@ -101,7 +102,7 @@ def of_this_project(model, prompts, stops, group: int, most: int, device):
     return call
 
 
-def of_transformers(model, prompts, stops, group: int, most: int, device, cache: str | None):
+def of_transformers(model, prompts, stops, group: int, max_new: int, device, cache: str | None):
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     kinds = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
@@ -132,7 +133,7 @@ def of_transformers(model, prompts, stops, group: int, most: int, device, cache:
             top_k=0,
             top_p=1.0,
             num_return_sequences=group,
-            max_new_tokens=most,
+            max_new_tokens=max_new,
             **options,
         )[:, longest:]
         is_stop = torch.isin(out, torch.tensor(stops, device=device, dtype=torch.long))
@@ -146,12 +147,12 @@ def of_transformers(model, prompts, stops, group: int, most: int, device, cache:
 def measure(engine: str, shape: str, case: tuple, device: torch.device, repeats: int) -> dict:
     """Runs in a process of its own."""
     model, prompts, stops = make(shape, case, device)
-    group, most = case[1], case[5]
+    group, max_new = case[1], case[5]
     if engine == "this project":
-        call = of_this_project(model, prompts, stops, group, most, device)
+        call = of_this_project(model, prompts, stops, group, max_new, device)
     else:
         call = of_transformers(
-            model, prompts, stops, group, most, device, "static" if engine.endswith("static cache") else None
+            model, prompts, stops, group, max_new, device, "static" if engine.endswith("static cache") else None
         )
     if repeats > 1 or device.type == "cuda":
         call(0)
@@ -172,7 +173,7 @@ def measure(engine: str, shape: str, case: tuple, device: torch.device, repeats:
         "peak_bytes": peak,
     }
     if device.type == "cuda" and not stops:
-        result["bandwidth"] = _bytes_read(model, prompts, group, most) / statistics.median(seconds)
+        result["bandwidth"] = _bytes_read(model, prompts, group, max_new) / statistics.median(seconds)
     return result
 
 
@@ -182,13 +183,13 @@ def peak_of_process() -> int:
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def _bytes_read(model, prompts, group: int, most: int) -> float:
-    """Weights and cache that `most` decoding steps must read, when no row ends early."""
+def _bytes_read(model, prompts, group: int, max_new: int) -> float:
+    """Weights and cache that `max_new` decoding steps must read, when no row ends early."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     c = model.config
     per_slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.head.element_size()
-    slots = sum(len(prompt) + most / 2 for prompt in prompts) * group  # on average over the steps
-    return most * (weights + per_slot * slots)
+    slots = sum(len(prompt) + max_new / 2 for prompt in prompts) * group  # on average over the steps
+    return max_new * (weights + per_slot * slots)
 
 
 def child(engine: str, shape: str, case: tuple, device: str, repeats: int) -> dict:
@@ -213,8 +214,8 @@ def compare(shape: str, device: str, repeats: int, ceiling: float | None) -> lis
     """A table for each case of a shape; ceiling: measured copy bandwidth, bytes a second."""
     rows = []
     for case in CASES[device].get(shape, []):
-        count, group, shortest, longest, mean, most = case
-        spread = f"about {mean} new tokens, {most} at most" if mean else f"{most} new tokens each"
+        count, group, shortest, longest, mean, max_new = case
+        spread = f"about {mean} new tokens, {max_new} at most" if mean else f"{max_new} new tokens each"
         print(f"\n{shape}: {count} prompts of {shortest} to {longest} tokens, {group} completions each, {spread}")
         print(f"{'':26}{'tokens/s':>10}{'ratio':>8}{'seconds':>10}{'tokens':>9}{'peak GB':>9}")
         ours = None
@@ -239,13 +240,13 @@ def curve(shape: str, device: str, repeats: int) -> list[dict]:
     rows = []
     print(f"\n{shape}: microseconds a token; prompts of 30 tokens, groups of 8, no stop tokens")
     lengths = (64, 128, 256, 512) if shape == "small" or device == "cuda" else (16, 32, 64)
-    print(f"{'rows':>6}" + "".join(f"{f'{most} new':>12}" for most in lengths))
+    print(f"{'rows':>6}" + "".join(f"{f'{max_new} new':>12}" for max_new in lengths))
     for count in (2, 8, 32):
         line = f"{8 * count:6}"
-        for most in lengths:
-            row = child("this project", shape, (count, 8, 30, 30, 0, most), device, repeats)
+        for max_new in lengths:
+            row = child("this project", shape, (count, 8, 30, 30, 0, max_new), device, repeats)
             cost = 1e6 / row["tokens_per_second"]
-            rows.append({"shape": shape, "rows": 8 * count, "new_tokens": most, "us_per_token": cost})
+            rows.append({"shape": shape, "rows": 8 * count, "new_tokens": max_new, "us_per_token": cost})
             line += f"{cost:12.1f}"
         print(line, flush=True)
     return rows

@@ -6,11 +6,11 @@
 
 Both start from the same checkpoint and take the same prompts in the same order, 8 a step with 8 completions each. The
 small model is warmed up on its puzzles first, so that its completions have realistic lengths; the Qwen2.5-0.5B shape
-has random weights, which all but never draw the one stop token among 151,936, so its completions are cut at 64. The
-reward is the task's own plus a hash of the text: no group agrees, and nobody may skip its update. The learning rate is
-too small to move the policy. TRL runs with its default generation and fused AdamW, without gradient checkpointing and
-without a reference model; and in eight parts where the memory of a CPU would not do for the whole batch. Text is made
-of tokens in our "rewards" and in TRL's "update", which is a matter of milliseconds.
+has random weights, which hardly ever draw the one stop token among 151,936, so its completions are cut at 64. The
+reward is the task's own plus a hash of the text, so that no group agrees and no update may be skipped. The learning
+rate is too small to move the policy. TRL runs with its default generation and fused AdamW, without gradient
+checkpointing and without a reference model; and in eight parts where the memory of a CPU does not hold the whole batch.
+Text is made of tokens in our "rewards" and in TRL's "update", which is a matter of milliseconds.
 
 Each measurement is a process of its own. Times are medians over steps, the first of which is not counted unless steps
 take minutes; those of the phases are means. Peak memory is the resident set on a CPU, what PyTorch allocated on CUDA.
@@ -39,8 +39,11 @@ from tokenizers import Tokenizer
 
 import sasr
 from benchmarks.rollout import SHAPES, peak_of_process
+from data.batch import shuffled
 from data.tokenizer import Codec
 from model import ModelConfig, Transformer
+from run.checkpoint import save_model
+from run.setup import load_task_spec
 
 PROMPTS, GROUP = 8, 8
 TASKS = {  # prompts of 16 to 20 tokens; of about 100
@@ -59,9 +62,8 @@ def make_checkpoint(shape: str, folder: Path, device: str) -> dict:
     prompts = trainer.task.train_prompts
     if shape == "small":
         while trainer.state.step < config.warmup_steps:
-            trainer.warmup_step()
-            trainer.state.step += 1
-        most = trainer.task.max_new_tokens
+            trainer.state.finish_step(trainer.step(), seconds=0.0)
+        max_new_tokens = trainer.task.max_new_tokens
     else:
         spec = json.loads(trainer.codec.tokenizer.to_str())
         vocabulary = spec["model"]["vocab"]
@@ -73,13 +75,13 @@ def make_checkpoint(shape: str, folder: Path, device: str) -> dict:
         trainer.model = Transformer(
             ModelConfig(**SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=eos)
         )
-        most = 64
+        max_new_tokens = 64
     folder.mkdir()
-    trainer.save_model(folder)
+    save_model(trainer, folder)
     return {
         "model": str(folder),
         "task": config.task,
-        "max_new_tokens": most,
+        "max_new_tokens": max_new_tokens,
         "prompt_lengths": [min(map(len, prompts)), max(map(len, prompts))],
     }
 
@@ -130,17 +132,21 @@ def of_this_project(request: dict) -> dict:
 
     trainer.task.source = dataclasses.replace(task, verify=verify)
     phases: dict[str, float] = {}
-    trainer._sample = timed(phases, "rollout", trainer._sample)
-    trainer._rewards = timed(phases, "rewards", trainer._rewards)
     steps, tokens = [], []
-    with mock.patch.object(sasr, "score", timed(phases, "log-probs", sasr.score)):
+    with mock.patch.multiple(
+        sasr,
+        sample=timed(phases, "rollout", sasr.sample),
+        compute_rewards=timed(phases, "rewards", sasr.compute_rewards),
+        compute_logprobs=timed(phases, "log-probs", sasr.compute_logprobs),
+    ):
         for _ in range(request["steps"]):
             if len(steps) == request["uncounted"]:
                 begin(phases)
             started = now()
-            tokens.append(trainer.adaptive_step()["tokens"])
+            record = trainer.step()
             steps.append(now() - started)
-            trainer.state.step += 1
+            tokens.append(record["tokens"])
+            trainer.state.finish_step(record, steps[-1])
     return result_of(steps, tokens, phases, request)
 
 
@@ -152,8 +158,8 @@ def of_trl(request: dict) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(request["model"])
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32)
-    task = sasr.load_task_spec(request["task"], "", 0)
-    order = sasr.shuffled(len(task.train), 0, request["steps"] * PROMPTS, 0, "prompts")
+    task = load_task_spec(request["task"], "", 0)
+    order = shuffled(len(task.train), 0, request["steps"] * PROMPTS, 0, "prompts")
     on_cpu, inner = request["device"] == "cpu", request["inner_updates"]
     parts = 8 if on_cpu and model.config.vocab_size > 100_000 else 1
 

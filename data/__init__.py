@@ -1,27 +1,27 @@
 """Tasks: examples, demonstrations and verifiers. `load_task` is the one way in."""
 
-from __future__ import annotations
-
-import inspect
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import get_args
 
-from . import competition_math, countdown, gsm8k, jsonl, knights_knaves
 from .task import Example, Grade, Task, load_reward, read_split
 
-__all__ = ["TASKS", "Example", "Grade", "Task", "load_reward", "load_task"]
+__all__ = ["TASKS", "Example", "Grade", "Task", "load_reward", "load_task", "task_module"]
 
-# A task is a module with grade(completion, example, **options); with generate(seed, **options) -> (train, test),
-# if its problems can be made up; with parse_record(record, **options) -> Example, for the published ones; and with
-# PUBLISHED, which says where those are to be had.
-TASKS = {
-    "knights-knaves": knights_knaves,
-    "countdown": countdown,
-    "gsm8k": gsm8k,
-    "math": competition_math,
-    "jsonl": jsonl,
-}
+# A task is a module with grade(completion, example, **options); parse_record(record, **options) -> Example; PUBLISHED,
+# which tells where such records are; and, if problems can be made up, generate(seed, **options) -> (train, test).
+TASKS = {"knights-knaves": "knights_knaves", "countdown": "countdown", "gsm8k": "gsm8k"}
+TASKS |= {"math": "competition_math", "jsonl": "jsonl"}
+# Beyond the training domain, in its vocabulary: claims of three operands instead of two, four numbers instead of three.
+OOD_TASKS = {"knights-knaves": "knights-knaves:width=3,train_size=1", "countdown": "countdown:numbers=4,train_size=1"}
+
+
+def task_module(name: str) -> ModuleType:
+    """Imported when it is asked for, so that `import data.files` loads no task."""
+    return importlib.import_module(f".{TASKS[name]}", __name__)
 
 
 def load_task(
@@ -29,14 +29,13 @@ def load_task(
 ) -> Task:
     """Generate a task, or read its published records from a folder with train.jsonl and test.jsonl (or .json).
 
-    Options are the keyword arguments of the module's functions; numbers may come as text. One of the two files may be
-    missing: that split is then empty. With `skip_bad_lines`, records that cannot be read are left out and told in
-    `Task.skipped`.
-    Raises ValueError naming an unknown task or option, the files that are missing, or the place of a bad record.
+    Options are the keyword arguments of the module's functions; numbers may come as text. A split without a file is
+    empty. With `skip_bad_lines`, records that cannot be read are left out, and `Task.skipped` tells why. Raises
+    ValueError naming an unknown task or option, the files that are missing, or the place of a bad record.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-    module = TASKS[name]
+    module = task_module(name)
     if path is None and not hasattr(module, "generate"):
         raise ValueError(f"task {name} needs --data, a folder with train.jsonl and test.jsonl: {module.PUBLISHED}")
     source = module.generate if path is None else module.parse_record
@@ -45,7 +44,7 @@ def load_task(
         if key not in known:
             where = "" if path is None else " with a data folder"
             raise ValueError(f"task {name}{where} has no option {key!r}; known: {', '.join(known) or 'none'}")
-        if isinstance(value, str) and "int" in known[key]:
+        if isinstance(value, str) and int in (known[key], *get_args(known[key])):
             try:
                 options[key] = int(value)
             except ValueError:
@@ -57,25 +56,45 @@ def load_task(
     skipped: list[str] = []
     if path is None:
         train, test = with_options(source)(seed)
-    elif not Path(path).is_dir():
-        what = "a file, not a folder" if Path(path).exists() else "no such folder"
-        raise ValueError(f"{path}: {what}; it should have train.jsonl and test.jsonl: {module.PUBLISHED}")
-    else:
+        lacking = f"task {name}: there are no examples"  # where both sizes are 0
+    elif Path(path).is_dir():
         bad = skipped if skip_bad_lines else None
         train, test = (read_split(Path(path), split, with_options(source), bad) for split in ("train", "test"))
-        if not train and not test:
-            raise ValueError(
-                f"{path}: neither train.jsonl nor test.jsonl (or .json) with a record that can be read: "
-                + (skipped[0] if skipped else module.PUBLISHED)
-            )
-    if not train and not test:  # of a size of 0
-        raise ValueError(f"task {name}: there are no examples")
+        lacking = f"{path}: neither train.jsonl nor test.jsonl (or .json) with a record that can be read: "
+        lacking += skipped[0] if skipped else module.PUBLISHED
+    else:
+        what = "a file, not a folder" if Path(path).exists() else "no such folder"
+        raise ValueError(f"{path}: {what}; it should have train.jsonl and test.jsonl: {module.PUBLISHED}")
+    if not train and not test:
+        raise ValueError(lacking)
     task = Task(name, train, test, with_options(module.grade), tuple(skipped))
     task.grade("", (train + test)[0])  # a bad option of the verifier is an error now, not at the first step
     return task
 
 
-def options_of(function: Callable) -> dict[str, str]:
-    """Names of the keyword-only parameters, and their annotations as text."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: str(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
+def options_of(function: Callable) -> dict[str, type]:
+    """The types of the keyword-only parameters, by name."""
+    return {name: function.__annotations__[name] for name in function.__kwdefaults__ or {}}
+
+
+def load_task_spec(spec: str, path: str, seed: int, **more) -> Task:
+    """'countdown:numbers=4,test_size=100' -> the task. Raises ValueError naming what is wrong in the spec."""
+    name, _, rest = spec.partition(":")
+    flags = {"name": "--task", "path": "--data", "seed": "--seed"} | {key: f"--{key.replace('_', '-')}" for key in more}
+    options: dict[str, str] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"task {spec!r}: expected NAME:key=value,..., found {part!r}")
+        if key in flags or key in options:
+            raise ValueError(f"task {spec!r}: {key} is given twice, or has a flag of its own, {flags.get(key, '')}")
+        options[key] = value
+    return load_task(name, path or None, seed=seed, **options, **more)
+
+
+def generated_task(flag: str, spec: str, seed: int) -> Task:
+    """A task beside --task, which must be a generated one. Raises ValueError naming the flag."""
+    able = [name for name in TASKS if hasattr(task_module(name), "generate")]
+    if spec.partition(":")[0] not in able:
+        raise ValueError(f"{flag} {spec}: only generated tasks can serve here: {', '.join(able)}")
+    return load_task_spec(spec, "", seed)

@@ -1,89 +1,76 @@
 """A checkpoint's chat template: a jinja2 program from a foreign file that turns messages into one string.
 
-It is rendered in jinja2's sandbox, with the environment that `transformers` gives it, to the same string. The sandbox
-keeps it away from our things; that it ends, and fits into memory, is seen to by rendering it in a process of its own.
+It is rendered to the same string as by `transformers`. jinja2's sandbox keeps it away from everything else; a process
+of its own makes sure that it ends, and fits into memory.
 """
-
-from __future__ import annotations
 
 import functools
 import json
 import resource
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-import jinja2
-from jinja2.ext import Extension
+import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .isolated import Child, answer_requests
+from .isolated import Child
 
-SECONDS = 10.0  # that a template may take for AT_ONCE conversations; an ordinary one takes a hundredth
-AT_ONCE = 200
-MEMORY = 2**29  # bytes of the process that renders
-LONGEST = 100_000  # characters of a template; published ones have a tenth
-# Characters that it may add to a conversation, and to each message of it; what was said it may repeat once.
-MOST, MOST_A_MESSAGE = 20_000, 200
+BATCH = 200  # conversations that are rendered at once
+SECONDS = 10.0  # that a template may take for them; an ordinary one takes a hundredth
+MAX_MEMORY = 2**29  # bytes of the process that renders
+MAX_TEMPLATE = 100_000  # characters of a template; published ones have a tenth
+MAX_ADDED, MAX_ADDED_PER_MESSAGE = 20_000, 200  # characters around the messages, which it may also repeat once
 
 
 class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str], origin: Path):
-        """special_tokens: what the template may call by name, such as bos_token. `origin` is named in errors."""
+        """special_tokens: what the template may use by name, such as bos_token. `origin` is named in errors."""
         self.source, self.special_tokens, self.origin = source, special_tokens, origin
-        if len(source) > LONGEST:
-            raise ValueError(f"{origin}: the chat template has {len(source)} characters, more than {LONGEST}")
+        if len(source) > MAX_TEMPLATE:
+            raise ValueError(f"{origin}: the chat template has {len(source)} characters, more than {MAX_TEMPLATE}")
 
     def render(self, conversations: list[list[dict]], *, add_generation_prompt: bool) -> list[str]:
         """One string a conversation. Raises ValueError naming the file whose template fails, or does not end."""
-        given = self.special_tokens | {"add_generation_prompt": add_generation_prompt}
-        now = datetime.now().isoformat()  # one moment for all
-        texts = []
-        for start in range(0, len(conversations), AT_ONCE):
-            part = conversations[start : start + AT_ONCE]
-            answer = renderer().ask({"source": self.source, "given": given, "now": now, "conversations": part})
-            if "error" in answer:
-                raise ValueError(f"{self.origin}: the chat template {answer['error']}")
-            texts += answer["texts"]
-        return texts
+        variables = self.special_tokens | {"add_generation_prompt": add_generation_prompt}
+        same = {"source": self.source, "variables": variables, "now": datetime.now().isoformat()}
+        parts = [conversations[start : start + BATCH] for start in range(0, len(conversations), BATCH)]
+        try:
+            return [text for part in parts for text in renderer().ask(conversations=part, **same)["texts"]]
+        except ValueError as error:
+            raise ValueError(f"{self.origin}: the chat template {error}") from None
 
 
 @functools.cache
 def renderer() -> Child:
     """One process serves all templates."""
-    return Child("data.chat", "serve", "", seconds=SECONDS)
+    return Child("data.chat", "make_renderer()", seconds=SECONDS)
 
 
-# ----------------------------------------------------------------------------- in the other process
+def make_renderer() -> Callable[..., dict]:  # in the other process
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
 
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    extensions = [GenerationBlock, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(extensions=extensions, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+    environment.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None}
 
-def serve(_: str) -> None:
-    answer_requests(make_renderer)
-
-
-def make_renderer():
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    compiled = functools.lru_cache(maxsize=16)(environment.from_string)
-
-    def texts_of(request: dict) -> dict:
-        template, now = compiled(request["source"]), datetime.fromisoformat(request["now"])
-        given = request["given"] | {"strftime_now": lambda pattern: now.strftime(pattern)}
-        texts = [template.render(messages=m, tools=None, documents=None, **given) for m in request["conversations"]]
-        for text, messages in zip(texts, request["conversations"], strict=True):
-            said = sum(len(message["content"]) for message in messages)
-            if len(text) > MOST + MOST_A_MESSAGE * len(messages) + 2 * said:
-                raise OverflowError(f"makes {len(text)} characters of a conversation of {said}")
-            text.encode()  # half a surrogate pair, which JSON can spell, is nothing that a tokenizer takes
+    def render(conversations: list[list[dict]], source: str, variables: dict[str, str], now: str) -> dict:
+        template = environment.from_string(source, {"strftime_now": datetime.fromisoformat(now).strftime})
+        texts = [template.render(messages=messages, **variables) for messages in conversations]
+        for text, messages in zip(texts, conversations, strict=True):
+            length = sum(len(message["content"]) for message in messages)
+            if len(text) > MAX_ADDED + MAX_ADDED_PER_MESSAGE * len(messages) + 2 * length:
+                raise OverflowError(f"makes {len(text)} characters of a conversation of {length}")
+            text.encode()  # raises for half a surrogate pair: JSON can spell it, and no tokenizer takes it
         return {"texts": texts}
 
-    return texts_of
+    return render
 
 
-class GenerationBlock(Extension):
+class GenerationBlock(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %} marks the assistant's words for training elsewhere; here it is text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own convention)
@@ -92,12 +79,3 @@ class GenerationBlock(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)  # as elsewhere, what is set inside is not seen outside
-
-
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike jinja2's own, without HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def raise_exception(message: str):
-    raise jinja2.TemplateError(message)

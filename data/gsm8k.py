@@ -7,17 +7,14 @@
 
 The demonstration is that answer without the marks `<<...>>`, which only a model that calls a calculator needs.
 
-Two verdicts are usual, and each is known under many regular expressions. Here *strict* reads the number right after the
-last `####`, and is the reward; *flexible* reads the last number anywhere, and is only reported: it tells how many
-answers were right but not in the format. Where this departs from the usual expressions, and why:
+Two verdicts are usual: *strict* reads the number right after the last `####`, and is the reward; *flexible* reads the
+last number anywhere, and is only reported. Where this departs from the regular expressions in use, and why:
 
 - Numbers are compared as exact decimals, not as text: 18, 18.00, $18 and **18** are one number.
-- A second number on the line of the `####` makes it malformed: a policy must not be paid for hedging.
+- A second number on the line of the `####` makes it malformed: a policy must not be rewarded for naming several.
 - A comma belongs to a number only before a group of three digits, so `3,4` is two numbers and `1,800` is one. A minus
   is a sign only where nothing that could be its left operand touches it, so `5-3` holds 5 and 3.
 """
-
-from __future__ import annotations
 
 import re
 from collections import deque
@@ -25,10 +22,7 @@ from decimal import Decimal
 
 from .task import Example, Grade, required_text
 
-PUBLISHED = (
-    "GSM8K is published with train.jsonl and test.jsonl in openai/grade-school-math on GitHub, and as openai/gsm8k on "
-    "the Hugging Face hub"
-)
+PUBLISHED = "GSM8K is published in openai/grade-school-math on GitHub, and as openai/gsm8k on the Hugging Face hub"
 
 MARKER = "####"
 INSTRUCTION = f'Work it out step by step. Then write a last line of "{MARKER} " followed by the answer as a number.'
@@ -54,11 +48,11 @@ def parse_record(record: dict) -> Example:
 def grade(completion: str, example: Example) -> Grade:
     """Reward 1 when the number after the last `####` is the answer; `flexible` judges the last number anywhere.
 
-    An answer that holds no number equals no completion. Any text is graded, in linear time; none raises.
+    An answer that holds no number equals no completion. Any text is graded, in linear time, without an error.
     """
-    truth, said = leading_number(example.answer), strict_number(completion)
-    correct = said is not None and said == truth
-    return Grade(float(correct), correct, said is not None, truth is not None and last_number(completion) == truth)
+    truth, number = leading_number(example.answer), strict_number(completion)
+    correct = number is not None and number == truth
+    return Grade(float(correct), correct, number is not None, truth is not None and last_number(completion) == truth)
 
 
 def strict_number(text: str) -> Decimal | None:
@@ -69,19 +63,15 @@ def strict_number(text: str) -> Decimal | None:
 
 def leading_number(text: str) -> Decimal | None:
     """The number that a text begins with: `$1,800.`, `**18**`, `(-3)`, `18 dollars`. None where it holds another."""
-    text = ascii_minus(text)
+    text = text.replace("−", "-")
     found = NUMBER.match(text, OPENING.match(text).end())
     return None if found is None or re.search("[0-9]", text[found.end() :]) else value(found)
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, or None."""
-    last = deque(NUMBER.finditer(ascii_minus(text)), maxlen=1)
+    last = deque(NUMBER.finditer(text.replace("−", "-")), maxlen=1)
     return value(last[0]) if last else None
-
-
-def ascii_minus(text: str) -> str:
-    return text.replace("−", "-")
 
 
 def value(found: re.Match[str]) -> Decimal | None:

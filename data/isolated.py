@@ -1,210 +1,145 @@
 """Foreign programs in a process of their own: they may raise, hang or die, and the run goes on.
 
-A user's reward, math-verify, regular expressions and chat templates are programs that are not ours, or take what time
-they take. Parent and child exchange a line of JSON per request. The time-out is the parent's: it waits for the answer,
-and where none comes it kills the child's whole process group and starts another one. No signals, so any thread may ask.
+These are a user's reward, math-verify, regular expressions and chat templates. Parent and child exchange a line of JSON
+per request. Where no answer comes in time, the parent kills the child's whole process group and starts another one.
+There are no signals, so any thread may ask.
 """
 
-from __future__ import annotations
-
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
-import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+from .files import one_line
 from .task import Example, Grade, load_reward
 
-CHILD = "import sys; sys.path.insert(0, {root!r}); from {module} import {serve}; {serve}({description!r})"
-IMPORT_SECONDS = 30.0  # more, for the child to begin to serve
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-KILLED = {"error": f"ended its process (exit code {-signal.SIGKILL})"}
-SHOWN = 5  # failures that are printed, of a run
+IMPORT_SECONDS = 30.0  # in addition, until the child begins to serve
+MAX_PRINTED_FAILURES = 5  # of a run
 
 
 class Child:
-    """A Python process that runs `serve(description)` of a module of ours, which answers requests."""
+    """A Python process that answers requests with the function that MODULE.CALL returns."""
 
-    def __init__(self, module: str, serve: str, description: str, *, seconds: float):
+    def __init__(self, module: str, call: str, *, seconds: float):
         root = str(Path(__file__).resolve().parents[1])
-        self.code = CHILD.format(root=root, module=module, serve=serve, description=description)
+        self.code = f"import sys; sys.path.insert(0, {root!r}); import data.isolated, {module}; "
+        self.code += f"data.isolated.answer_requests(lambda: {module}.{call})"
         self.seconds = seconds  # for one request
         self.process: subprocess.Popen | None = None
         self.turn = threading.Lock()  # one request at a time, or threads would get each other's answers
 
-    def ask(self, request: dict) -> dict:
-        """The answer, or {"error": reason} if there is none, or none in time."""
+    def ask(self, **request) -> dict:
+        """Raises ValueError with the reason where there is no answer, or none in time."""
         with self.turn:
-            answer = self._ask(request)
-            # Not by us. Linux also takes the thread that started it, if that has ended, for the parent that has died.
-            return self._ask(request) if answer == KILLED else answer
-
-    def _ask(self, request: dict) -> dict:
-        try:
             if self.process is None or self.process.poll() is not None:  # it died while nothing was asked
-                self.close()
                 self.start()
-            line = json.dumps(request).encode() + b"\n"
-            threading.Thread(target=write, args=(self.process.stdin, line), daemon=True).start()  # it may not read
-            return self._answer(self.seconds)
-        except (TimeoutError, OSError, ValueError) as error:
-            self.close()
-            return {"error": str(error)}
+            return self._answer(json.dumps(request).encode() + b"\n", self.seconds)
 
-    def start(self) -> None:
+    def start(self, context: str = "it did not begin to serve: ") -> None:
         """Raises ValueError where the child cannot begin to serve."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.code, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        try:
-            ready = self._answer(IMPORT_SECONDS + self.seconds)
-        except (TimeoutError, OSError) as error:
-            ready = {"error": f"it did not begin to serve: {error}"}
-        if "error" in ready:
-            self.close()
-            raise ValueError(ready["error"])
+        self.close()
+        self.channel, theirs = socket.socketpair()
+        command = [sys.executable, "-c", self.code]
+        with theirs:  # both ways are on its output; its input, where nothing comes, ends when we end
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=theirs, start_new_session=True)
+        self._answer(b"", IMPORT_SECONDS + self.seconds, context)
 
-    def _answer(self, seconds: float) -> dict:
-        deadline = time.monotonic() + seconds
-        parts: list[bytes] = []
-        while not (parts and parts[-1].endswith(b"\n")):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                raise TimeoutError(f"took more than {seconds:g} s")
-            parts.append(os.read(self.process.stdout.fileno(), 65536))
-            if not parts[-1]:
-                with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its output, and lives on
-                    self.process.wait(left)
-                raise OSError(f"ended its process (exit code {self.process.returncode})")
-        return json.loads(b"".join(parts))
+    def _answer(self, request: bytes, seconds: float, context: str = "") -> dict:
+        try:
+            self.channel.settimeout(seconds)
+            self.channel.sendall(request)
+            answer = json.loads(self.channel.makefile("rb").readline())
+        except TimeoutError:
+            reason = f"took more than {seconds:g} s"
+        except (OSError, ValueError):  # nothing was left to read
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its output, and live on
+                self.process.wait(1)
+            reason = f"ended its process (exit code {self.process.returncode})"
+        else:
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            return answer
+        self.close()
+        raise ValueError(context + reason)
 
     def close(self) -> None:
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self.process.stdout.close()
-            with contextlib.suppress(OSError):  # what it did not read is lost
-                self.process.stdin.close()
+            self.process.stdin.close()
+            self.channel.close()
             self.process = None
-
-    def __del__(self):
-        self.close()
-
-
-def write(file, line: bytes) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the child died, or was closed: the reader will tell
-        file.write(line)
-        file.flush()
 
 
 class VerifierFailed(RuntimeError):
-    """And the person wants the run to stop there."""
+    """A verifier failed, and the user wants the run to stop there."""
 
 
 class IsolatedVerifier:
-    """Called like any verifier, with a completion and its example."""
+    """Called like any verifier, with a completion and its example. `failures` counts those without a grade."""
 
     def __init__(self, task: str, options: dict, reward: str, *, seconds: float, on_error: str):
-        """The grade of a task with its options, or the user's `reward` (`load_reward`).
+        """The user's `reward` (see `load_reward`), or the grade of a task with its options.
 
-        seconds: how long one completion may take. on_error: the reward of a completion whose verifier fails, a number,
-        or "stop", to raise VerifierFailed. `failures` counts them. Raises ValueError where the reward cannot be loaded.
+        seconds: for one completion. on_error: the reward of a completion whose verifier fails, or "stop", to raise
+        VerifierFailed. Raises ValueError where the reward cannot be loaded.
         """
-        description = json.dumps({"task": task, "options": options, "reward": reward})
-        self.child = Child("data.isolated", "serve_verifier", description, seconds=seconds)
         self.name, self.on_error, self.failures = reward or options.get("verifier", task), on_error, 0
-        try:
-            self.child.start()
-        except ValueError as error:
-            named = "" if self.name in str(error) else f"the verifier {self.name}: "
-            raise ValueError(f"{named}{error}") from None
+        self.child = Child("data.isolated", f"make_verifier({task!r}, {options!r}, {reward!r})", seconds=seconds)
+        self.child.start(f"the verifier {self.name}: it did not begin to serve: ")
 
     def __call__(self, completion: str, example: Example) -> Grade:
-        answer = self.child.ask({"completion": completion, "example": dataclasses.asdict(example)})
-        if "error" not in answer:
-            return Grade(**answer)
+        try:
+            return Grade(**self.child.ask(completion=completion, example=dataclasses.asdict(example)))
+        except ValueError as error:
+            message = f"the verifier {self.name} {error} for the completion {completion[:200]!r}"
         self.failures += 1
-        message = f"the verifier {self.name} {answer['error']} for the completion {completion[:200]!r}"
         if self.on_error == "stop":
             raise VerifierFailed(message)
-        if self.failures <= SHOWN:
-            more = "; further ones are only counted" if self.failures == SHOWN else ""
+        if self.failures <= MAX_PRINTED_FAILURES:
+            more = "; further ones are only counted" if self.failures == MAX_PRINTED_FAILURES else ""
             with contextlib.suppress(OSError):  # standard error may have been closed
                 print(f"{message}; it counts as {self.on_error}{more}", file=sys.stderr)
         return Grade(float(self.on_error), correct=False, well_formed=False, failed=True)
 
 
-# ----------------------------------------------------------------------------- in the other process
-
-
-def answer_requests(make: Callable[[], Callable[[dict], dict]]) -> None:
-    """make() gives the function that answers a request; answer each line with it, until there are no more.
-
-    What foreign programs print goes to standard error.
-    """
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+def answer_requests(make: Callable[[], Callable[..., dict]]) -> None:
+    """In the child: answer with the function that make() gives. What others print goes to standard error."""
+    if os.fork() == 0:  # no thread could, since a regular expression holds Python's lock for as long as it takes
+        os.close(1)
+        os.read(0, 1)  # until the parent ends, however it does
+        os.killpg(0, signal.SIGKILL)
+    channel, process = socket.socket(fileno=os.dup(1)), os.getpid()
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    process = os.getpid()
-    end_with_parent(int(sys.argv[1]))
 
-    def reply(said: dict) -> None:
+    def reply(answer: dict) -> None:
         if os.getpid() != process:  # a foreign program forked, and came back twice
             os._exit(0)
-        answers.write(json.dumps(said).encode() + b"\n")
-        answers.flush()
+        channel.sendall(json.dumps(answer).encode() + b"\n")
 
     try:
-        answer = make()
+        answer_to = make()
     except ValueError as error:
-        reply({"error": str(error)})
-        return
+        return reply({"error": str(error)})
     reply({})
-    for line in requests:
+    for line in channel.makefile("rb"):
         try:
-            reply(answer(json.loads(line)))
+            reply(answer_to(**json.loads(line)))
         except BaseException as error:  # a foreign function may even call sys.exit
-            reply({"error": f"raised {type(error).__name__}: {' '.join(str(error)[:2000].split())[:300]}"})
+            reply({"error": f"raised {type(error).__name__}: {one_line(error, 300)}"})
 
 
-def end_with_parent(parent: int) -> None:
-    """Do not outlive the parent, however it ends, in the middle of a request that never does: Linux sees to that.
+def make_verifier(task: str, options: dict, reward: str) -> Callable[..., dict]:
+    from . import task_module
 
-    No thread could, since a regular expression holds Python's lock for as long as it takes.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another system
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(1)
-
-
-def serve_verifier(description: str) -> None:
-    answer_requests(partial(make_verifier, json.loads(description)))
-
-
-def make_verifier(wanted: dict) -> Callable[[dict], dict]:
-    if wanted["reward"]:
-        verify = load_reward(wanted["reward"])
-    else:
-        from . import TASKS
-
-        verify = partial(TASKS[wanted["task"]].grade, **wanted["options"])
-
-    def grade_of(request: dict) -> dict:
-        grade = dataclasses.asdict(verify(request["completion"], Example(**request["example"])))
-        return grade | {"reward": float(grade["reward"])}
-
-    return grade_of
+    verify, options = (load_reward(reward), {}) if reward else (task_module(task).grade, options)
+    return lambda completion, example: dataclasses.asdict(verify(completion, Example(**example), **options))

@@ -2,9 +2,8 @@
 
     {"prompt": "What is 17 + 25?\\n", "answer": 42, "demonstration": "17 + 25 = 42\\n<answer>42</answer>"}
 
-The prompt and the demonstration go to the model as they stand. `verifier` says how a completion is compared with the
-answer. Except for `regex` and `math`, it is compared in one of two places: inside the one pair <answer> ... </answer>
-where the completion holds such a tag, else in all of it.
+The prompt and the demonstration go to the model as they are. `verifier` is how a completion is compared with the
+answer; "there" is inside the one pair <answer> ... </answer>, or in all of a completion that has no such tag.
 
     exact      the text there is the answer, blanks around both aside
     numeric    the last number there equals the answer as an exact decimal: 18, 18.00 and $18 are one number
@@ -12,19 +11,14 @@ where the completion holds such a tag, else in all of it.
     math       the last \\boxed{...} of the completion is the answer, as in the task "math"
 """
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal
 
 from .gsm8k import last_number, leading_number
-from .task import Example, Grade, outcome_grade, required_text
+from .task import Example, Grade, outcome_grade, required_text, tagged_answer
 
-PUBLISHED = (
-    'your own records, an object a line, such as {"prompt": "What is 17 + 25?", "answer": "42", "demonstration": '
-    '"17 + 25 = 42"}; the demonstration may be missing, and the options prompt, answer and demonstration name other '
-    "fields"
-)
+PUBLISHED = 'your own records, an object a line, like {"prompt": "What is 17 + 25?", "answer": "42", "demonstration": '
+PUBLISHED += '"17 + 25 = 42"}; the demonstration may be missing, and options of these names rename the fields'
 VERIFIERS = ("exact", "numeric", "regex", "math")
 
 
@@ -38,9 +32,8 @@ def parse_record(
 ) -> Example:
     """One record; the options are the names of its fields, and the verifier that its answer has to suit.
 
-    The answer is a text or a number, which stands for its digits (0.00001, not 1e-05); true and false are refused, as
-    nobody can know how a model should spell them. A demonstration may be absent or null. Raises KeyError or ValueError
-    with the reason.
+    The answer is a text or a number, which stands for its digits (0.00001, not 1e-05), but not true or false, which
+    have no one spelling. A demonstration may be absent or null. Raises KeyError or ValueError with the reason.
     """
     right = record[answer]
     if isinstance(right, (int, float)) and not isinstance(right, bool) and Decimal(right).is_finite():
@@ -61,32 +54,18 @@ def parse_record(
 def grade(completion: str, example: Example, *, verifier: str = "exact") -> Grade:
     """Reward 1 when the completion holds the answer where the verifier looks for it (see the top of this file).
 
-    Well formed: there is something to compare. No text raises. Time is linear in its length, except that a regular
-    expression takes what it takes.
+    Well formed: there is something to compare. Any text is graded, in linear time except for a regular expression.
     """
-    check_verifier(verifier)
+    if verifier not in VERIFIERS:
+        raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     if verifier == "math":
         from . import competition_math  # here, since no other verifier needs its reader of formulas
 
         return competition_math.grade(completion, example)
     if verifier == "regex":
         return outcome_grade(re.search(example.answer, completion) is not None, well_formed=True)
-    said = answer_text(completion)
+    found = (tagged_answer(completion) or "") if re.search("</?answer>", completion) else completion
     if verifier == "numeric":
-        number = None if said is None else last_number(said)
+        number = last_number(found)
         return outcome_grade(number is not None and number == leading_number(example.answer), number is not None)
-    return outcome_grade(said == example.answer.strip(), bool(said))
-
-
-def answer_text(completion: str) -> str | None:
-    """What stands inside the one pair of answer tags, or all of a text without any; None where the tags are amiss."""
-    opened, closed = completion.count("<answer>"), completion.count("</answer>")
-    if opened == closed == 0:
-        return completion.strip()
-    start, end = completion.find("<answer>") + len("<answer>"), completion.find("</answer>")
-    return completion[start:end].strip() if opened == closed == 1 and start <= end else None
-
-
-def check_verifier(verifier: str) -> None:
-    if verifier not in VERIFIERS:
-        raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
+    return outcome_grade(found.strip() == example.answer.strip(), bool(found.strip()))

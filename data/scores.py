@@ -1,6 +1,4 @@
-"""What an evaluation says: accuracy, pass@k, and how sure one can be of them."""
-
-from __future__ import annotations
+"""The scores of an evaluation: accuracy, pass@k, and how certain they are."""
 
 import math
 
@@ -18,14 +16,14 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def bootstrap_interval(values: list[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean over problems, were the problems drawn again from those at hand.
+    """95% percentile interval of the mean over problems, which are drawn again with replacement.
 
-    Where all values are 0, or all 1, that would have no width, and seem certain: then it is the binomial interval of
-    Clopper and Pearson (1934), of that many failures or successes in as many trials.
+    Where all values are 0, or all 1, that would have no width: then it is the binomial interval of Clopper and Pearson
+    (1934), of that many failures or successes in as many trials.
     """
     if set(values) in ({0.0}, {1.0}):
-        most = 0.025 ** (1 / len(values))  # a success rate at which so many in a row have a chance of 2.5%
-        return (most, 1.0) if values[0] else (0.0, 1 - most)
+        rate = 0.025 ** (1 / len(values))  # of success, at which so many in a row have a chance of 2.5%
+        return (rate, 1.0) if values[0] else (0.0, 1 - rate)
     rng = np.random.default_rng([seed, len(values)])
     values = np.asarray(values, dtype=np.float64)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]

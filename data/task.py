@@ -4,17 +4,21 @@ A task is two lists of examples and a verifier. The verifier is the only reward:
 completion, never the model, so that the same function scores training, evaluation and a port.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
-import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+from .files import one_line, parse_json, read_file
+
+MAX_TEXT = 10**6  # characters of a prompt or a demonstration; a tokenizer takes minutes for more
+MAX_REWARD = 1e9  # more, squared and summed over a group, would leave fp32
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Grade:
-    """`reward` trains; `correct` is the accuracy that is reported; `well_formed` says whether the answer parsed."""
+    """`reward` trains; `correct` is the accuracy that is reported; `well_formed`: the answer could be parsed."""
 
     reward: float
     correct: bool
     well_formed: bool
-    flexible: bool | None = None  # correct for a reader who looks harder for the answer, where the task has one
+    flexible: bool | None = None  # correct in a looser reading, where the task has one
     failed: bool = False  # the verifier itself raised, hung or died, so that the reward is not its own
 
 
@@ -44,44 +48,46 @@ class Task:
     train: list[Example]
     test: list[Example]
     verify: Callable[[str, Example], Grade]
-    skipped: tuple[str, ...] = ()  # why each bad record was left out, where the person asked for that
+    skipped: tuple[str, ...] = ()  # why each bad record was left out, where the user asked for that
 
     def grade(self, completion: str, example: Example) -> Grade:
         """Score the text of a completion (without its prompt). Never raises on bad text: that is a wrong answer."""
         return self.verify(completion, example)
 
 
-def outcome_grade(correct: bool, well_formed: bool, format_reward: float = 0.0) -> Grade:
-    """Reward 1 for a correct answer, `format_reward` for a wrong one that at least parsed, 0 for the rest."""
-    return Grade(1.0 if correct else format_reward if well_formed else 0.0, correct, well_formed)
+def outcome_grade(correct: bool, well_formed: bool) -> Grade:
+    """Reward 1 for a correct answer, 0 for any other."""
+    return Grade(float(correct), correct, well_formed)
 
 
-MOST_TEXT = 10**6  # characters of a prompt or a demonstration: more takes a tokenizer minutes
+def tagged_answer(text: str) -> str | None:
+    """What stands between <answer> and </answer> in a text that has each of them once, in that order; else None."""
+    parts = re.split("(</?answer>)", text)  # texts and tags in turn
+    return parts[2] if parts[1::2] == ["<answer>", "</answer>"] else None
 
 
 def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipped: list[str] | None) -> list[Example]:
-    """Parse the records of FOLDER/SPLIT.jsonl (an object a line), SPLIT.json (a list of them), or all SPLIT/**/*.json
-    (one each), in that order.
+    """Parse the records of FOLDER/SPLIT.jsonl (one a line), else SPLIT.json (a list), else SPLIT/**/*.json (one each).
 
-    None of these gives no examples. A bad record raises ValueError with file, place and reason; with a list `skipped`
-    its reason goes there instead.
+    Without any of these there are no examples. A bad record raises ValueError with file, place and reason; with a list
+    `skipped` its reason goes there instead.
     """
     examples = []
     for place, record in records_of(folder, split):
         try:
             if isinstance(record, bytes):  # of JSON, not yet read
-                record = decode_json(record)
+                record = parse_json(record)
             if not isinstance(record, dict):
                 raise ValueError(f"expected a JSON object, got {type(record).__name__}")
             example = parse(record)
             for text in (example.prompt, example.answer, example.demonstration or ""):
-                if len(text) > MOST_TEXT:
-                    raise ValueError(f"a text of {len(text)} characters, more than {MOST_TEXT}")
-                text.encode()  # JSON can spell half a surrogate pair, "\ud800", which no tokenizer takes
+                if len(text) > MAX_TEXT:
+                    raise ValueError(f"a text of {len(text)} characters, more than {MAX_TEXT}")
+                text.encode()  # JSON can spell "\ud800", half a character, which no tokenizer takes
             examples.append(example)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            lacking = f"the record lacks the field {error}"
-            reason = f"{place}: {lacking if isinstance(error, KeyError) else error}"[:1000]
+            lacking = "the record lacks the field " if isinstance(error, KeyError) else ""
+            reason = f"{place}: {lacking}{error}"[:1000]
             if skipped is None:
                 raise ValueError(reason) from None
             skipped.append(reason)
@@ -90,15 +96,16 @@ def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipp
 
 def records_of(folder: Path, split: str) -> Iterator[tuple[str, object]]:
     """(Where it stands, its JSON as bytes or already read) for each record of a split."""
+    read = partial(read_file, max_bytes=math.inf, links=True)  # a user's own file: of any size, maybe a link
     lines, whole = folder / f"{split}.jsonl", folder / f"{split}.json"
-    if lines.is_file():
-        for number, line in enumerate(lines.read_bytes().split(b"\n"), start=1):
+    if (content := read(lines)) is not None:
+        for number, line in enumerate(content.split(b"\n"), start=1):
             if line.strip():
                 yield f"{lines}:{number}", line
-    elif whole.is_file():
+    elif (content := read(whole)) is not None:
         try:
-            records = decode_json(whole.read_bytes())
-        except (ValueError, RecursionError) as error:
+            records = parse_json(content)
+        except ValueError as error:
             raise ValueError(f"{whole}: {error}") from None
         if not isinstance(records, list):
             raise ValueError(f"{whole}: expected a list of records, got {type(records).__name__}")
@@ -106,11 +113,7 @@ def records_of(folder: Path, split: str) -> Iterator[tuple[str, object]]:
             yield f"{whole}, record {number}", record
     else:  # MATH is published as a tree of files with a record each
         for file in sorted((folder / split).rglob("*.json")):
-            yield str(file), file.read_bytes()
-
-
-def decode_json(raw: bytes) -> object:
-    return json.loads(raw.decode("utf-8-sig"))  # some editors begin a file with a mark
+            yield str(file), read(file)
 
 
 def required_text(record: dict, field: str) -> str:
@@ -121,19 +124,13 @@ def required_text(record: dict, field: str) -> str:
     return value
 
 
-# ---- A reward of the user's own --------------------------------------------------------------------------------------
-
-
-MOST_REWARD = 1e9  # more, squared and summed over a group, would leave fp32
-
-
 def load_reward(spec: str) -> Callable[[str, Example], Grade]:
     """The verifier that MODULE:FUNCTION or path/to/FILE.py:FUNCTION names, called with a completion and its example.
 
-    It returns a Grade, or a number: the reward, at most MOST_REWARD either way, which counts as correct from 1 on. As
-    with `python -m MODULE` and `python FILE.py`, a module may stand in the current directory, and a file may import
-    those beside it, also later: that folder stays at the end of sys.path. Raises ValueError with one line that names
-    the spec; so does the verifier when the function returns anything else. What the function raises is not caught.
+    It returns a Grade, or a number: the reward, at most MAX_REWARD either way, which counts as correct from 1 on. As
+    with `python -m`, a module may stand in the current directory; a file may import those beside it, also later, as its
+    folder stays at the end of sys.path. Raises ValueError with one line that names the spec; so does the verifier when
+    the function returns anything else. What the function raises is not caught.
     """
     place, _, name = spec.rpartition(":")
     if not (place and name):
@@ -148,7 +145,7 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
     except (Exception, SystemExit) as error:  # a script may end itself
         if not file and isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
             raise ValueError(f"reward {spec!r}: no such module {place!r}") from None
-        reason = f"importing it raised {type(error).__name__}: {one_line(str(error))}"
+        reason = f"importing it raised {type(error).__name__}: {one_line(error)}"
         raise ValueError(f"reward {spec!r}: {reason}") from error
     finally:
         if beside in sys.path:
@@ -157,7 +154,7 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
         raise ValueError(f"reward {spec!r}: {place} has no function {name!r}")
     function = getattr(module, name)
     if not callable(function):
-        raise ValueError(f"reward {spec!r}: {name!r} must be a function, got {one_line(repr(function))}")
+        raise ValueError(f"reward {spec!r}: {name!r} must be a function, got {one_line(repr(function), 200)}")
     sys.path.append(beside)  # at the end, where it hides nothing
 
     def verify(completion: str, example: Example) -> Grade:
@@ -167,9 +164,9 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
             number = math.nan if isinstance(reward, (str, bytes)) else float(reward)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
             number = math.nan
-        if not abs(number) <= MOST_REWARD:  # NaN is not, either
-            wanted = f"a Grade or a finite number of at most {MOST_REWARD:g}"
-            raise ValueError(f"reward {spec!r}: expected {wanted}, got {one_line(repr(result))}")
+        if not abs(number) <= MAX_REWARD:  # NaN is not, either
+            wanted = f"a Grade or a finite number of at most {MAX_REWARD:g}"
+            raise ValueError(f"reward {spec!r}: expected {wanted}, got {one_line(repr(result), 200)}")
         if not isinstance(result, Grade):
             return Grade(number, correct=number >= 1, well_formed=True)
         flexible = None if result.flexible is None else bool(result.flexible)
@@ -184,7 +181,3 @@ def import_file(file: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # listed, since dataclasses look there
     spec.loader.exec_module(module)
     return module
-
-
-def one_line(text: str) -> str:
-    return " ".join(text[:200].split())

@@ -1,7 +1,5 @@
 """A task as a model sees it: token ids, what fits its context, and how long a completion may get."""
 
-from __future__ import annotations
-
 import math
 
 from .task import Example, Task
@@ -13,9 +11,8 @@ class TokenizedTask:
 
     A training prompt is dropped if it is longer than `max_prompt_tokens`, or leaves less than `max_new_tokens` of the
     model's `context`; a demonstration if it is longer than `max_demonstration_tokens`, or than what its prompt leaves
-    of the context. 0 is no limit of its own; without `max_new_tokens`, a completion may be a quarter longer than the
-    longest demonstration. `dropped` counts both. Prompts of the evaluation are never dropped: those that do not fit
-    are None, and a wrong answer.
+    of the context. 0 is no limit; without `max_new_tokens`, a completion may be a quarter longer than the longest
+    demonstration. `dropped` counts both. Prompts to evaluate that do not fit are None, and count as wrong.
     """
 
     def __init__(
@@ -38,13 +35,13 @@ class TokenizedTask:
             short = len(prompt) <= longest_prompt and len(completion) <= longest_demonstration
             return short and len(prompt) + len(completion) <= context
 
-        def demonstrations(examples: list[Example]) -> list[tuple[list[int], list[int]]]:
-            shown = [(e.prompt, e.demonstration) for e in examples if e.demonstration is not None]
-            return codec.encode_demonstrations(shown)
+        def encoded(examples: list[Example]) -> list[tuple[list[int], list[int]]]:
+            worked = [example for example in examples if example.demonstration is not None]
+            return codec.encode_demonstrations((example.prompt, example.demonstration) for example in worked)
 
-        shown = demonstrations(task.train)
-        fitting = [pair for pair in shown if fits(*pair)]
-        lengths = [len(completion) for pair in (fitting, demonstrations(task.test)) for _, completion in pair]
+        demonstrations = encoded(task.train)
+        short_enough = [pair for pair in demonstrations if fits(*pair)]
+        lengths = [len(completion) for _, completion in short_enough + encoded(task.test)]
         lengths = [length for length in lengths if length <= min(longest_demonstration, context)]
         self.max_new_tokens = max_new_tokens or max(lengths, default=0) * 5 // 4 or 512
         longest_prompt = min(longest_prompt, context - self.max_new_tokens)
@@ -53,63 +50,47 @@ class TokenizedTask:
         kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest_prompt]
         self.train = [task.train[i] for i in kept]
         self.train_prompts = [prompts[i] for i in kept]
-        self.demonstrations = [(prompt, completion) for prompt, completion in fitting if len(prompt) <= longest_prompt]
-        self.dropped = {"prompts": len(prompts) - len(kept), "demonstrations": len(shown) - len(self.demonstrations)}
+        self.demonstrations = [pair for pair in short_enough if len(pair[0]) <= longest_prompt]
+        dropped = len(demonstrations) - len(self.demonstrations)
+        self.dropped = {"prompts": len(prompts) - len(kept), "demonstrations": dropped}
         self._shortest_prompt = min(map(len, prompts), default=0)
-        self._prompt_limit = f"{max(longest_prompt, 0)} allowed beside {self.max_new_tokens} new"
-        if context < math.inf:
-            self._prompt_limit += f", in a context of {context}"
-        self._shortest_demonstration = min(shown, key=lambda pair: len(pair[1]), default=([], []))
+        within = f", in a context of {context}" if context < math.inf else ""
+        self._limit = f"{max(longest_prompt, 0)} allowed beside {self.max_new_tokens} new{within}); "
+        self._limit += "raise --max-prompt-tokens or lower --max-new-tokens"
+        self._shortest_demonstration = min(demonstrations, key=lambda pair: len(pair[1]), default=([], []))
         eval_prompts = codec.encode_prompts(e.prompt for e in self.evaluated)
         self.eval_prompts = [prompt if len(prompt) <= longest_prompt else None for prompt in eval_prompts]
 
+        self.longest_prompt = max(map(len, filter(None, self.train_prompts + self.eval_prompts)), default=0)
+        self.longest_demonstration = max((len(completion) for _, completion in self.demonstrations), default=0)
+        self.context = self.longest_prompt + max(self.max_new_tokens, self.longest_demonstration)  # enough for all
+
     def check_prompts(self) -> None:
         """Raises ValueError where no training prompt is left."""
-        if not self.source.train:
-            raise ValueError(
-                f"task {self.source.name}: there are no training examples, no train.jsonl (or .json) in --data; "
-                "--eval-only does without"
-            )
-        if not self.train:
-            raise ValueError(
-                f"task {self.source.name}: all {self.dropped['prompts']} training prompts are too long (the shortest "
-                f"has {self._shortest_prompt} tokens, {self._prompt_limit}); raise --max-prompt-tokens or lower "
-                "--max-new-tokens"
-            )
+        if self.train:
+            return
+        reason = "there are no training examples, no train.jsonl (or .json) in --data; --eval-only does without"
+        if self.source.train:
+            reason = f"all {self.dropped['prompts']} training prompts are too long (the shortest has "
+            reason += f"{self._shortest_prompt} tokens, {self._limit}"
+        raise ValueError(f"task {self.source.name}: {reason}")
 
     def check_evaluated(self, examples: int) -> None:
-        """Raises ValueError where of the first so many prompts to evaluate none fits."""
+        """Raises ValueError where all of the first so many prompts to evaluate are too long."""
         asked = self.eval_prompts[:examples]
         if asked and not any(asked):
-            raise ValueError(
-                f"task {self.source.name}: all {len(asked)} prompts to evaluate are too long "
-                f"({self._prompt_limit}); raise --max-prompt-tokens or lower --max-new-tokens"
-            )
+            reason = f"all {len(asked)} prompts to evaluate are too long ({self._limit}"
+            raise ValueError(f"task {self.source.name}: {reason}")
 
     def check_demonstrations(self) -> None:
         """Raises ValueError where no demonstration is left."""
-        if not self.demonstrations and not self.dropped["demonstrations"]:
-            raise ValueError(
-                f"task {self.source.name}: no example has a demonstration, so SFT has nothing to learn from; "
-                "without them use --controller grpo --warmup-steps 0, or another --warmup-task"
-            )
-        if not self.demonstrations:
+        if self.demonstrations:
+            return
+        reason = "no example has a demonstration, so SFT has nothing to learn from; without them use "
+        reason += "--controller grpo --warmup-steps 0, or another --warmup-task"
+        if count := self.dropped["demonstrations"]:
             prompt, completion = self._shortest_demonstration
-            raise ValueError(
-                f"task {self.source.name}: all {self.dropped['demonstrations']} demonstrations or their prompts are "
-                f"too long (the shortest has {len(completion)} tokens, after a prompt of {len(prompt)}); raise "
-                "--max-demonstration-tokens or --max-prompt-tokens"
-            )
-
-    @property
-    def longest_prompt(self) -> int:
-        return max(map(len, filter(None, self.train_prompts + self.eval_prompts)), default=0)
-
-    @property
-    def longest_demonstration(self) -> int:
-        return max((len(completion) for _, completion in self.demonstrations), default=0)
-
-    @property
-    def context(self) -> int:
-        """Positions that hold every prompt with its completion."""
-        return self.longest_prompt + max(self.max_new_tokens, self.longest_demonstration)
+            reason = f"all {count} demonstrations or their prompts are too long (the shortest has {len(completion)} "
+            reason += f"tokens, after a prompt of {len(prompt)}); raise --max-demonstration-tokens or "
+            reason += "--max-prompt-tokens"
+        raise ValueError(f"task {self.source.name}: {reason}")

@@ -10,8 +10,6 @@ With ratio r = pi / pi_old, advantage A, quotient q = pi_ref / pi and k3 = q - l
     -( r A [unclipped]     - beta (1 - q) ) / denominator,   since dr/dlog pi = r and dk3/dlog pi = 1 - q.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -105,7 +103,7 @@ def grpo_loss(
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
     elif not isinstance(denominator, Tensor):
-        denominator = mask.new_full((), denominator)  # filled on the card: nothing waits
+        denominator = mask.new_full((), denominator)  # filled on the GPU: nothing waits
     denominator = denominator.to(logprobs.device)
     if denominator.numel() > 1:
         denominator = denominator.expand_as(logprobs).contiguous()

@@ -10,8 +10,6 @@ from which KL = sum p (log p - log q) = t / s - log s + log r. Keeping z and y r
 arithmetic when a maximum moves, and saves the digits that two large, nearly equal log-sum-exps would cancel.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -16,12 +16,7 @@ Backward. With g = d loss / d logprob, h = d loss / d entropy, H the entropy and
 Logits are recomputed, not stored. For one slice of the vocabulary after another, a kernel writes this gradient as a
 slab [N, slice] in the operands' dtype, and two cuBLAS products use it up: d weight[slice] = slab^T hidden, written
 once, and d hidden += slab weight[slice], summed in fp32 (rounding each slice's part to bf16 first would bias it).
-
-The simpler plan is chunks of cuBLAS logits folded by one kernel that reads them row by row. `benchmarks/kernels.py`
-times it beside this one, as "cuBLAS chunks"; which of the two is ahead has not been measured on a card.
 """
-
-from __future__ import annotations
 
 import torch
 import triton
@@ -31,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from .tiles import Launch, logits_tile, operand_dtype
 
-SPLITS = 64  # at most; even a few blocks of tokens then keep a card's ~130 processors busy
+SPLITS = 64  # at most; even a few blocks of tokens then keep a GPU's ~130 processors busy
 SLAB = 2**26  # elements of d logits at once: 128 MiB in 16 bits
 NEVER = tl.constexpr(-1e30)  # a logit of probability 0. Finite, so that 0 * NEVER is 0 and NEVER - NEVER is not NaN
 

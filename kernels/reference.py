@@ -2,32 +2,27 @@
 
 Everything runs over N flat completion tokens: prompts and padding are dropped before the vocabulary is
 touched. On CPU a 152k vocabulary would make the [N, V] logits the largest tensor of the program by far, so
-the two functions that need logits walk over the tokens in slices and recompute a slice's logits in backward.
+the two functions that need logits take a slice of the tokens at a time and recompute its logits in backward.
 
 Shapes: N completion tokens, D hidden, V vocabulary. Any float dtype; statistics are in fp32 (fp64 in fp64).
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**25  # elements: 128 MiB in fp32; a matrix product of fewer rows is a third slower on a CPU
+MAX_LOGITS = 2**25  # of a slice: 128 MiB in fp32; a matrix product of fewer rows is a third slower on a CPU
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """[n, D] and [V, D] -> [n, V], in fp32 or more."""
     logits = hidden @ weight.T  # [n, V]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def _slices(count: int, vocabulary: int) -> list[slice]:
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    return [slice(start, start + rows) for start in range(0, count, rows)] or [slice(0, 0)]
-
-
 def _slice_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` of the n tokens of one slice."""
     logprobs = _log_softmax(hidden, weight, temperature)  # [n, V]
     # 0 * -inf is NaN: a token of probability 0 adds nothing to the entropy
     entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
@@ -39,11 +34,12 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
     hidden [N, D], weight [V, D], targets [N] int64. Both results are differentiable in hidden and weight.
     """
-    slices = _slices(len(targets), len(weight))
-    if len(slices) == 1:
+    tokens = max(1, MAX_LOGITS // len(weight))  # of a slice
+    if len(targets) <= tokens:
         return _slice_logprobs(hidden, weight, targets, temperature)
     parts = [
-        checkpoint(_slice_logprobs, hidden[s], weight, targets[s], temperature, use_reentrant=False) for s in slices
+        checkpoint(_slice_logprobs, some_hidden, weight, some_targets, temperature, use_reentrant=False)
+        for some_hidden, some_targets in zip(hidden.split(tokens), targets.split(tokens), strict=True)
     ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
@@ -80,8 +76,8 @@ def grpo_loss(
     gradient: its ratio has left the interval on the side that the advantage pushes to.
     """
     keep = mask > 0
-    # A masked token may hold anything. It is emptied before the arithmetic: a where() after it would mend the
-    # loss only, since backward multiplies that where()'s 0 with the inf of exp().
+    # A masked token may hold anything. It is set to 0 before the arithmetic: a where() after it would fix the loss
+    # but not the gradient, since backward multiplies that where()'s 0 by the inf of exp().
     logprobs, old_logprobs, advantages = (torch.where(keep, t, 0.0) for t in (logprobs, old_logprobs, advantages))
     mask = torch.where(keep, mask, 0).to(logprobs.dtype)
     ratio = torch.exp(logprobs - old_logprobs)
@@ -94,7 +90,7 @@ def grpo_loss(
     if denominator is None:
         denominator = mask.sum().clamp(min=1)  # a batch with no token has loss 0, not 0/0
     elif isinstance(denominator, Tensor):
-        denominator = torch.where(keep, denominator, 1.0)  # that of a sequence without tokens may well be 0
+        denominator = torch.where(keep, denominator, 1.0)  # that of a sequence without tokens may be 0
     loss = -(mask * (gain - kl_coef * k3) / denominator).sum()
     with torch.no_grad():
         stats = {
@@ -109,11 +105,15 @@ def grpo_loss(
 
 @torch.no_grad()
 def exact_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-    """KL(policy || reference) over the whole vocabulary, in nats, [N]; no gradient, no sampling noise."""
+    """KL(policy || reference) over the whole vocabulary, in nats, [N]; no gradient, and exact: nothing is sampled.
+
+    hidden [N, D], weight [V, D], ref_hidden [N, D'], ref_weight [V, D'].
+    """
+    tokens = max(1, MAX_LOGITS // len(weight))  # of a slice
     parts = []
-    for s in _slices(len(hidden), len(weight)):
-        policy = _log_softmax(hidden[s], weight, 1.0)  # [n, V]
-        reference = _log_softmax(ref_hidden[s], ref_weight, 1.0)  # [n, V]
+    for some_hidden, some_ref_hidden in zip(hidden.split(tokens), ref_hidden.split(tokens), strict=True):
+        policy = _log_softmax(some_hidden, weight, 1.0)  # [n, V]
+        reference = _log_softmax(some_ref_hidden, ref_weight, 1.0)  # [n, V]
         probs = policy.exp()  # [n, V]
         parts.append(torch.where(probs > 0, probs * (policy - reference), 0.0).sum(-1))  # 0 log 0 is 0
     return torch.cat(parts)

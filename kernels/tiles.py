@@ -8,8 +8,6 @@ On Hopper and later the pieces are fetched by the tensor memory accelerator (TMA
 matrix and rows that begin at a multiple of 16 bytes; elsewhere by pointer arithmetic. Both are in `load_piece`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -63,7 +61,7 @@ def candidates(architecture: int, dtype: torch.dtype, accumulators: int = 1) -> 
 
     The first is the one in use. `triton.autotune` would pick by stopwatch: another process, another tile, another
     order of summation, and a resumed run that no longer repeats the uninterrupted one bit for bit. So the choice is
-    made once, by a person who looks at `python benchmarks/kernels.py --tune`, and written down here.
+    made once, from what `python benchmarks/kernels.py --tune` prints, and written down here.
     `accumulators` is how many tiles of logits a program holds at once.
     """
     if dtype == torch.float32:
@@ -76,7 +74,7 @@ def candidates(architecture: int, dtype: torch.dtype, accumulators: int = 1) -> 
 
 
 def architecture(device: torch.device) -> int:
-    """90 for a Hopper; 0 for an AMD card, and for the interpreter on a CPU."""
+    """90 for a Hopper; 0 for an AMD GPU, and for the interpreter on a CPU."""
     if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)

@@ -146,18 +146,18 @@ QWEN3 = """
     {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
     {%- elif message.role == 'assistant' %}
-        {%- set said, thought = message.content, '' %}
+        {%- set answer, thought = message.content, '' %}
         {%- if message.reasoning_content is string %}
             {%- set thought = message.reasoning_content %}
-        {%- elif '</think>' in said %}
-            {%- set thought = said.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
-            {%- set said = said.split('</think>')[-1].lstrip('\\n') %}
+        {%- elif '</think>' in answer %}
+            {%- set thought = answer.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set answer = answer.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {{- '<|im_start|>assistant\\n' }}
         {%- if loop.index0 > found.last and (loop.last or thought) %}
             {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}
         {%- endif %}
-        {{- said + '<|im_end|>\\n' }}
+        {{- answer + '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -546,7 +546,7 @@ def test_a_sliding_window_shorter_than_the_context_is_refused_in_one_line(copied
     assert str(path / "config.json") in error
     assert "sliding_window=4096" in error
     change_json(path / "config.json", sliding_window=4096, max_position_embeddings=4096)
-    Transformer.from_pretrained(path)  # a window that holds the whole context is none
+    Transformer.from_pretrained(path)  # a window that holds the whole context limits nothing
 
 
 # ----------------------------------------------------------------------------- there and back
@@ -791,8 +791,8 @@ def both(path: Path, system: str = "") -> tuple[Codec, Callable[[list[dict]], st
 
 
 def conversations(text: str) -> list[list[dict]]:
-    user, said = {"role": "user", "content": text}, {"role": "assistant", "content": f"{text}</think>\n\n{text}!"}
-    return [[user], [user, said, user], [user, said, {"role": "user", "content": "ok"}, said, user]]
+    user, reply = {"role": "user", "content": text}, {"role": "assistant", "content": f"{text}</think>\n\n{text}!"}
+    return [[user], [user, reply, user], [user, reply, {"role": "user", "content": "ok"}, reply, user]]
 
 
 @pytest.fixture(scope="module")
@@ -817,22 +817,22 @@ def test_prompts_are_the_strings_of_transformers(name, system, templates):
 
 def test_the_templates_use_what_they_are_here_for(templates):
     """Else the test above compares little."""
-    shown = {}
+    texts = {}
     for name, path in templates.items():
         codec, _ = both(path, system="SYSTEM")
-        shown[name] = codec.render([{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "b</think>c"}])
-        assert "<é>" in shown[name]
-        assert "SYSTEM" in shown[name]
+        texts[name] = codec.render([{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "b</think>c"}])
+        assert "<é>" in texts[name]
+        assert "SYSTEM" in texts[name]
     assert "one sentence" in Codec.from_pretrained(templates["chatml"], prompt_format="chat").render(MESSAGES[:1])
-    assert "28 Feb 2025, 13 h" in shown["llama3"]
-    assert "ipython" not in shown["llama3"]
-    assert shown["llama3"].startswith("<|begin_of_text|><|start_header_id|>")
-    assert shown["mistral"] == "<s>[INST] SYSTEM\n\n<é> [/INST] b</think>c</s>"
-    assert shown["r1"] == f"{R1_SPECIALS[3]}SYSTEM<｜User｜><é><｜Assistant｜>c{R1_SPECIALS[0]}<｜Assistant｜><think>\n"
-    assert "b</think>c<|im_end|>" in shown["generation"]
-    assert "inside" not in shown["generation"]
-    assert '{"role": "user", "content": "<é>"}' in shown["json"]
-    assert '"\\u00e9": "<&>"' in shown["json"]
+    assert "28 Feb 2025, 13 h" in texts["llama3"]
+    assert "ipython" not in texts["llama3"]
+    assert texts["llama3"].startswith("<|begin_of_text|><|start_header_id|>")
+    assert texts["mistral"] == "<s>[INST] SYSTEM\n\n<é> [/INST] b</think>c</s>"
+    assert texts["r1"] == f"{R1_SPECIALS[3]}SYSTEM<｜User｜><é><｜Assistant｜>c{R1_SPECIALS[0]}<｜Assistant｜><think>\n"
+    assert "b</think>c<|im_end|>" in texts["generation"]
+    assert "inside" not in texts["generation"]
+    assert '{"role": "user", "content": "<é>"}' in texts["json"]
+    assert '"\\u00e9": "<&>"' in texts["json"]
 
 
 def test_a_template_in_a_file_of_its_own_comes_first(templates, tmp_path):
@@ -929,13 +929,13 @@ def test_only_the_assistants_own_turn_opens_a_thought(template, opening, checkpo
 
 def test_a_completion_is_read_with_its_opening_and_a_demonstration_written_without(codecs):
     codec = codecs["r1"]["chat"]
-    said = codec.tokenizer.encode("six sevens</think>42", add_special_tokens=False).ids
-    said = [*said, codec.stop_token_ids[0]]
-    assert codec.decode([said, []]) == ["<think>\nsix sevens</think>42", "<think>\n"]
-    for shown in ("<think>\nsix sevens</think>42", " <think>six sevens</think>42", "six sevens</think>42"):
-        ((prompt, completion),) = codec.encode_demonstrations([("6 * 7?", shown)])
+    reply = codec.tokenizer.encode("six sevens</think>42", add_special_tokens=False).ids
+    reply = [*reply, codec.stop_token_ids[0]]
+    assert codec.decode([reply, []]) == ["<think>\nsix sevens</think>42", "<think>\n"]
+    for demonstration in ("<think>\nsix sevens</think>42", " <think>six sevens</think>42", "six sevens</think>42"):
+        ((prompt, completion),) = codec.encode_demonstrations([("6 * 7?", demonstration)])
         assert text_of(codec, prompt).endswith("<think>\n")
-        assert completion == said
+        assert completion == reply
     plain = codecs["qwen3"]["chat"]
     ((_, completion),) = plain.encode_demonstrations([("6 * 7?", "<think>\nsix</think>42")])
     assert plain.decode([completion]) == ["<think>\nsix</think>42"]
@@ -1077,7 +1077,7 @@ def test_a_directory_comes_before_a_model_of_that_name(hub):
     ["owner/other", "runs/x", "a b/c", "../x", "a/b/c", "plain", "/nowhere/at/all", "a--b/c", "x/" + "y" * 200, "ö/ü"],
 )
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_model_that_is_not_to_be_had_is_one_line_that_names_the_flag(name, offline, hub, monkeypatch, capsys):
+def test_an_unavailable_model_is_one_line_that_names_the_flag(name, offline, hub, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(ValueError, match=rf"^--model {re.escape(name)}: no such directory.*$") as error:
         resolve_checkpoint(name)
@@ -1244,14 +1244,14 @@ def test_a_system_message_needs_a_template(copied, capsys):
 # ----------------------------------------------------------------------------- command line
 
 
-SAID = "ñ€😀 42"  # its bytes are all different, so that each of them can decide the next
+REPLY = "ñ€😀 42"  # its bytes are all different, so that each of them can decide the next
 
 
-def scripted(path: Path, family: Family, prompt_format: str = "chat", said: str = SAID) -> Codec:
-    """A checkpoint whose greedy answer to anything is `said`: the head looks at nothing but the last token."""
+def scripted(path: Path, family: Family, prompt_format: str = "chat", reply: str = REPLY) -> Codec:
+    """A checkpoint whose greedy answer to anything is `reply`: the head looks at nothing but the last token."""
     write_checkpoint(path, family)
     codec = Codec.from_pretrained(path, prompt_format=prompt_format)
-    ((prompt, completion),) = codec.encode_demonstrations([("x", said)])
+    ((prompt, completion),) = codec.encode_demonstrations([("x", reply)])
     chain = [prompt[-1], *completion]
     assert len(set(chain)) == len(chain)
     config = read_config(path)
@@ -1278,12 +1278,13 @@ def parrot(request, tmp_path_factory) -> tuple[Path, Codec]:
 
 @pytest.fixture
 def prompts(monkeypatch) -> list[list[int]]:
-    """What the model is given to read."""
+    """What the model has read."""
     seen = []
 
     def spy(model, prompts, *args, **kwargs):
+        result = generate(model, prompts, *args, **kwargs)
         seen.extend(prompts)
-        return generate(model, prompts, *args, **kwargs)
+        return result
 
     monkeypatch.setattr(rollout, "generate", spy)
     return seen
@@ -1302,11 +1303,11 @@ def their_ids(path: Path, messages: list[dict]) -> list[int]:
 def test_a_streamed_answer_is_the_decoded_completion(parrot, prompts, capsys):
     path, codec = parrot
     say(path, "--prompt", "Say it.")
-    shown = capsys.readouterr().out
-    assert re.fullmatch(rf"{re.escape(codec.opening)}{SAID}\n--- \d+ tokens, log-prob 0.00, ended\n", shown)
+    output = capsys.readouterr().out
+    assert re.fullmatch(rf"{re.escape(codec.opening)}{REPLY}\n--- \d+ tokens, log-prob 0.00, ended\n", output)
     assert prompts == [their_ids(path, [{"role": "user", "content": "Say it."}])]
     say(path, "--prompt", "Say it.", "--samples", "2")
-    assert capsys.readouterr().out == shown * 2
+    assert capsys.readouterr().out == output * 2
 
 
 def test_a_streamed_answer_appears_character_by_character(parrot, monkeypatch, capsys):
@@ -1321,7 +1322,7 @@ def test_a_streamed_answer_appears_character_by_character(parrot, monkeypatch, c
     monkeypatch.setattr("sys.stdout", Terminal())
     say(path, "--prompt", "Say it.")
     pieces = [piece for piece in written if piece]
-    assert "".join(pieces).startswith(codec.opening + SAID + "\n--- ")
+    assert "".join(pieces).startswith(codec.opening + REPLY + "\n--- ")
     assert [piece for piece in pieces if piece in ("ñ", "€", "😀")] == ["ñ", "€", "😀"]
 
 
@@ -1335,13 +1336,13 @@ def test_random_answers_are_streamed_as_they_are_decoded(name, checkpoints, caps
         say(path, "--prompt", "Say it.", "--seed", str(seed), "--max-new-tokens", "50", "--temperature", "3")
         params = SamplingParams(50, temperature=3.0, stop_token_ids=codec.stop_token_ids)
         drawn = generate(model, [prompt], params, generator=torch.Generator().manual_seed(seed))
-        shown = capsys.readouterr().out.rpartition("\n--- ")[0]
+        output = capsys.readouterr().out.rpartition("\n--- ")[0]
         (expected,) = codec.decode(drawn.completions)
         if name in BYTE_LEVEL:
-            assert shown == expected
+            assert output == expected
         else:  # a run of bytes that ends badly takes back the characters that it began with
-            assert len(shown) == len(expected)
-            assert all(b in (a, "\ufffd") for a, b in zip(shown, expected, strict=True))
+            assert len(output) == len(expected)
+            assert all(b in (a, "\ufffd") for a, b in zip(output, expected, strict=True))
 
 
 @pytest.mark.parametrize("system", ["", "Be brief; say <think>."])
@@ -1373,11 +1374,11 @@ def test_a_prompt_may_come_through_a_pipe(parrot, prompts, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("What is\n6 times 7?"))
     say(path)
     assert prompts == [their_ids(path, [{"role": "user", "content": "What is\n6 times 7?"}])]
-    assert capsys.readouterr().out.startswith(codec.opening + SAID + "\n--- ")
+    assert capsys.readouterr().out.startswith(codec.opening + REPLY + "\n--- ")
 
 
 def converse(monkeypatch, lines: list[str]) -> None:
-    """A terminal at which a person types these lines, and then ends."""
+    """A terminal at which the user types these lines, and then ends the input."""
     waiting = iter(lines)
 
     def type_line(sign):
@@ -1399,10 +1400,10 @@ def test_a_conversation_remembers_what_was_said(system, parrot, prompts, monkeyp
     for turn, text in enumerate(["What is 6 times 7?", "Are you sure?", "Why?"]):
         messages.append({"role": "user", "content": text})
         assert prompts[turn] == their_ids(path, messages)
-        messages.append({"role": "assistant", "content": codec.opening + SAID})
+        messages.append({"role": "assistant", "content": codec.opening + REPLY})
     assert len(prompts) == 3
-    assert SAID in text_of(codec, prompts[1])
-    assert capsys.readouterr().out.count(codec.opening + SAID + "\n--- ") == 3
+    assert REPLY in text_of(codec, prompts[1])
+    assert capsys.readouterr().out.count(codec.opening + REPLY + "\n--- ") == 3
 
 
 def test_a_conversation_that_outgrows_the_context_begins_again(tmp_path, prompts, monkeypatch, capsys):
@@ -1411,7 +1412,7 @@ def test_a_conversation_that_outgrows_the_context_begins_again(tmp_path, prompts
     say(tmp_path, "--prompt-format", "raw")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert prompts == [tokenizer("x")["input_ids"], tokenizer("yes x")["input_ids"]]
-    assert re.search(r"exceed the model's context of \d+; the conversation begins again\n", capsys.readouterr().err)
+    assert re.search(r"exceeds the model's context of \d+; the conversation begins again\n", capsys.readouterr().err)
 
 
 def test_an_empty_line_does_not_end_a_conversation(tmp_path, prompts, monkeypatch, capsys):
@@ -1420,7 +1421,7 @@ def test_an_empty_line_does_not_end_a_conversation(tmp_path, prompts, monkeypatc
     say(tmp_path, "--prompt-format", "raw")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert prompts == [tokenizer("x")["input_ids"], tokenizer("yes x")["input_ids"]]
-    assert capsys.readouterr().out.count(SAID + "\n--- ") == 2
+    assert capsys.readouterr().out.count(REPLY + "\n--- ") == 2
 
 
 # ----------------------------------------------------------------------------- at full size

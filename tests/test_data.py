@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import TASKS, Example, Grade, load_reward, load_task
+from data import TASKS, Example, Grade, load_reward, load_task, task_module
 
+ROOT = Path(__file__).resolve().parents[1]
 ADD = {"prompt": "1 + 1", "answer": "2"}
 LINE = json.dumps(ADD)
 EXAMPLE = Example("1 + 1", "2")
@@ -47,6 +49,14 @@ def prompts(task):
 
 def numbered(*numbers):
     return [ADD | {"prompt": str(number)} for number in numbers]
+
+
+def test_a_reader_of_files_loads_no_task():
+    code = "import sys, data.files; print(sorted(name for name in sys.modules if name.startswith('data.')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "data.files" in loaded
+    assert not any(f"'data.{module}'" in loaded for module in TASKS.values())
+    assert all(task_module(name).__name__ == f"data.{module}" for name, module in TASKS.items())
 
 
 # ---- Layouts ---------------------------------------------------------------------------------------------------------
@@ -92,7 +102,7 @@ def test_without_any_record_the_error_names_the_files_and_where_they_are_publish
     reason = "no such folder; it should have" if content is None else "neither"
     with pytest.raises(ValueError, match=rf"data: {reason} train\.jsonl (nor|and) test\.jsonl") as error:
         load_task(name, folder)
-    assert TASKS[name].PUBLISHED in str(error.value)
+    assert task_module(name).PUBLISHED in str(error.value)
     assert "\n" not in str(error.value)
 
 

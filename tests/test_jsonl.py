@@ -226,6 +226,6 @@ def test_an_unknown_verifier_names_the_choices(tmp_path):
 def test_without_a_folder_the_error_shows_a_record():
     with pytest.raises(ValueError, match=r'jsonl needs --data, a folder with train\.jsonl.*\{"prompt": '):
         load_task("jsonl")
-    shown = re.search(r"\{.*\}", jsonl.PUBLISHED)[0]
-    example = jsonl.parse_record(json.loads(shown), verifier="numeric")
+    published = re.search(r"\{.*\}", jsonl.PUBLISHED)[0]
+    example = jsonl.parse_record(json.loads(published), verifier="numeric")
     assert jsonl.grade(example.demonstration, example, verifier="numeric") == CORRECT

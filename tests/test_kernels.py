@@ -122,7 +122,7 @@ def test_no_tokens_give_empty_results_and_zero_gradients():
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 def test_gradients_reach_a_weight_that_also_made_the_hidden_states(rows, monkeypatch):
     """Tied embeddings: the weight gets its gradient by two ways."""
-    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", rows * 31)
+    monkeypatch.setattr(reference, "MAX_LOGITS", rows * 31)
     weight = inputs(1, 6, 31, dtype=torch.float64)[1]
     ids, targets = torch.arange(10), torch.arange(20, 30)
     upstream = torch.randn(2, 10, generator=seeded(3), dtype=torch.float64)
@@ -140,11 +140,11 @@ def test_slices_give_what_one_piece_gives(rows, monkeypatch):
     hidden, weight, targets = inputs(11, 5, 29)
     upstream = torch.randn(2, 11, generator=seeded(1))
     whole = results_and_gradients(token_logprobs, hidden, weight, targets, 0.9, upstream)
-    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", rows * 29 + 3)
+    monkeypatch.setattr(reference, "MAX_LOGITS", rows * 29 + 3)
     sliced = results_and_gradients(token_logprobs, hidden, weight, targets, 0.9, upstream)
     for found, expected in zip(sliced, whole, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", 1)  # less than one row: then one row
+    monkeypatch.setattr(reference, "MAX_LOGITS", 1)  # less than one row: then one row
     assert_equals_brute_force(hidden, weight, targets, 0.9, 5e-6)
 
 
@@ -163,7 +163,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch):
-    n, d, v = 2 * reference.LOGITS_AT_ONCE // 151_936, 4, 151_936
+    n, d, v = 2 * reference.MAX_LOGITS // 151_936, 4, 151_936
     hidden, weight, targets = inputs(n, d, v)
 
     def largest() -> tuple[int, int]:
@@ -179,19 +179,19 @@ def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch):
         return record.numel, max(kept, default=0)
 
     made, kept = largest()
-    assert made <= reference.LOGITS_AT_ONCE < n * v
+    assert made <= reference.MAX_LOGITS < n * v
     assert kept <= v * d  # nothing larger than the weight waits for backward
-    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", n * v)
+    monkeypatch.setattr(reference, "MAX_LOGITS", n * v)
     made, kept = largest()
     assert made == kept == n * v  # which this test would have seen
 
 
 def test_exact_kl_never_holds_the_logits_of_all_tokens():
-    n, d, v = 2 * reference.LOGITS_AT_ONCE // 151_936, 2, 151_936
+    n, d, v = 2 * reference.MAX_LOGITS // 151_936, 2, 151_936
     hidden, weight, _ = inputs(n, d, v)
     with LargestTensor() as record:
         exact_kl(hidden, weight, hidden, weight)
-    assert v <= record.numel <= reference.LOGITS_AT_ONCE < n * v
+    assert v <= record.numel <= reference.MAX_LOGITS < n * v
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -480,7 +480,7 @@ def two_policies(n: int = 7, v: int = 23, *, seed: int = 0, dtype=torch.float64)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_exact_kl_equals_brute_force(rows, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", rows * 23)
+    monkeypatch.setattr(reference, "MAX_LOGITS", rows * 23)
     given = two_policies(dtype=dtype)
     hidden, weight, ref_hidden, ref_weight = (tensor.detach().double() for tensor in given)
     policy, ref = F.softmax(hidden @ weight.T, dim=-1), F.softmax(ref_hidden @ ref_weight.T, dim=-1)
@@ -1301,7 +1301,7 @@ def test_more_logits_than_int32_can_count(fused, card_loads, monkeypatch):
     targets = torch.randint(v, (n,), device=card_loads, generator=generator)
     targets[-1] = v - 1
     upstream = torch.randn(2, n, device=card_loads, generator=generator)
-    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", 2**28)
+    monkeypatch.setattr(reference, "MAX_LOGITS", 2**28)
     exact = results_and_gradients(token_logprobs, hidden.float(), weight.float(), targets, 0.8, upstream)
     found = results_and_gradients(fused.token_logprobs, hidden, weight, targets, 0.8, upstream)
     for name, ours, expected in zip(RESULTS, found, exact, strict=True):

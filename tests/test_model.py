@@ -232,9 +232,9 @@ def test_copied_cache_rows_keep_their_continuation():
     assert_close(model.logits(first)[:, 0], expected[:, 6], 1e-5)
 
     kept = torch.tensor([3, 1])
-    cache.copy_rows(torch.tensor([0]), cache.first(4, 7), torch.tensor([3]))
+    cache.copy_rows(torch.tensor([0]), cache.view(4, 7), torch.tensor([3]))
     for step in (1, 2):
-        view = cache.first(2, 7 + step)
+        view = cache.view(2, 7 + step)
         hidden = model(new[kept, step : step + 1], positions=torch.full((2, 1), 6 + step), cache=view)
         assert_close(model.logits(hidden)[:, 0], expected[kept, 6 + step], 1e-5)
 
@@ -249,7 +249,7 @@ def test_the_first_rows_of_a_cache_share_its_memory_and_copied_rows_do_not():
     fanned.copy_rows(torch.tensor([1, 0]), cache, torch.tensor([0, 0]))
     model(random_ids(2, 1), positions=torch.tensor([[0], [1]]), cache=fanned)  # overwrites prompt slots
     assert torch.equal(cache.keys, before)
-    model(random_ids(1, 1), positions=torch.tensor([[4]]), cache=cache.first(1, 5))
+    model(random_ids(1, 1), positions=torch.tensor([[4]]), cache=cache.view(1, 5))
     changed = (cache.keys != before).any(-1)[:, :, 0]  # [L, B, S]
     assert changed[:, 0, 4].all()
     assert changed.sum() == model.config.num_hidden_layers, "that slot of that row, in every layer, and nothing else"
@@ -261,18 +261,18 @@ def test_completions_of_shared_prompts_have_the_states_and_gradients_of_whole_se
     """Against theirs, which reads every sequence whole; ragged prompts, one of them with no completion."""
     theirs = their_model(family)
     ours, theirs = our_copy(theirs).double(), theirs.double()
-    lengths, owner, time = [5, 2, 9, 4], torch.tensor([2, 0, 0, 2, 1]), 6
+    lengths, prompt_index, time = [5, 2, 9, 4], torch.tensor([2, 0, 0, 2, 1]), 6
     prompts, completions = random_ids(4, 9), random_ids(5, time, seed=2)
     weights = torch.randn(5, time, SHAPE["vocab_size"], generator=torch.Generator().manual_seed(3)).double()
 
-    sequences = [torch.cat((prompts[q, : lengths[q]], completions[b])) for b, q in enumerate(owner.tolist())]
+    sequences = [torch.cat((prompts[q, : lengths[q]], completions[b])) for b, q in enumerate(prompt_index.tolist())]
     expected = torch.stack([theirs(s[None]).logits[0, -time:] for s in sequences])
     (expected * weights).sum().backward()
 
     ours.gradient_checkpointing = checkpointing
-    shared = SharedPrompts(torch.tensor(lengths), owner)
+    shared = SharedPrompts(torch.tensor(lengths), prompt_index)
     ours(prompts, cache=shared)
-    positions = torch.tensor(lengths)[owner, None] + torch.arange(time)
+    positions = torch.tensor(lengths)[prompt_index, None] + torch.arange(time)
     found = ours.logits(ours(completions, positions, shared))
     (found * weights).sum().backward()
 
@@ -292,7 +292,9 @@ def test_few_rows_through_a_large_matrix_give_the_product(shape, bias):
     found = layer(x)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
-    assert found.is_contiguous() == (math.prod(shape) > 128 or math.prod(shape) == 1)  # whether it was turned round
+    assert found.is_contiguous() == (
+        math.prod(shape) > 128 or math.prod(shape) == 1
+    )  # whether it was computed transposed
     assert found.view(*shape, 8, 80).shape == (*shape, 8, 80)  # heads are cut out of it
 
 
@@ -308,7 +310,7 @@ def unwritten_memory_is_nan(monkeypatch):
 
 @pytest.mark.parametrize("grown", [False, True], ids=["made with room", "copied into room"])
 @torch.no_grad()
-def test_cache_slots_that_nobody_wrote_are_never_felt(grown, unwritten_memory_is_nan):
+def test_cache_slots_that_were_never_written_change_nothing(grown, unwritten_memory_is_nan):
     """A short row beside a long one has slots between its own last token and the cache's length."""
     assert torch.empty(1).isnan().all()
     model = random_model()

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 import rollout
 from data.tokenizer import train_tokenizer
 from model import ModelConfig, Transformer
-from rollout import Rollout, Sampler, SamplingParams, draw, generate, of_like_length, token_distribution
+from rollout import Rollout, Sampler, SamplingParams, generate, length_buckets, sample_tokens, token_distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
@@ -387,14 +387,14 @@ def test_a_bf16_model_samples_with_fp32_log_probs():
     assert any(value != torch.tensor(value).bfloat16().item() for row in result.logprobs for value in row)
 
 
-# ----------------------------------------------------------------------------- rows, waves, buffers
+# ----------------------------------------------------------------------------- rows, chunks, buffers
 
 
 STOPS = tuple(range(0, 60, 6))  # an end about every sixth token: rows leave all the time
 
 
 def sampled(model: Transformer, **options):
-    """20 completions of unlike lengths, the same for everyone who asks."""
+    """20 completions of unlike lengths, the same at each call."""
     params = SamplingParams(20, stop_token_ids=STOPS)
     return generate(model, PROMPTS, params, group_size=4, generator=seeded(5), **options)
 
@@ -420,13 +420,13 @@ def test_a_sampled_completion_does_not_depend_on_when_its_neighbours_end():
 
 
 @pytest.mark.parametrize("rows", [1, 5, 11, 19])
-def test_waves_change_nothing_but_their_number(rows):
+def test_chunks_change_nothing_but_their_number(rows):
     model = random_model(seed=3)
     whole = sampled(model)
     total = len(whole.completions)
     parts = sampled(model, memory_limit=rows * bytes_a_row(model, SamplingParams(20)) + 1)
     assert_same_rollout(parts, whole)
-    assert (whole.waves, parts.waves) == (1, -(-total // rows))
+    assert (whole.chunks, parts.chunks) == (1, -(-total // rows))
 
 
 def test_a_limit_that_not_even_one_row_fits_is_named():
@@ -450,7 +450,7 @@ def test_buffers_that_are_used_again_hold_nothing_of_the_last_rollout():
 
 
 def test_the_memory_of_buffers_that_are_kept_counts_as_free(monkeypatch):
-    """Else every rollout would find less than the one before it, and come in more waves."""
+    """Else every rollout would find less than the one before it, and come in more chunks."""
     model, samplers = random_model(seed=3), {}
     need = 10 * bytes_a_row(model, SamplingParams(20))
     free = {"bytes": need / 0.8 + 1}
@@ -459,7 +459,7 @@ def test_the_memory_of_buffers_that_are_kept_counts_as_free(monkeypatch):
     (kept,) = samplers.values()
     free["bytes"] -= kept.cache.bytes
     assert sampled(model, samplers=samplers) == first
-    assert first.waves == 2
+    assert first.chunks == 2
     assert list(samplers.values()) == [kept]
 
 
@@ -489,10 +489,16 @@ def test_graph_sizes_are_few_and_fit():
         assert slots == 256
 
 
-def test_prompts_of_like_length_are_read_together():
+def test_prompts_of_similar_length_are_read_together():
     lengths = [5, 100, 6, 7, 90, 1000]
-    assert of_like_length(lengths, 200) == [[0, 2, 3], [4, 1], [5]]
-    assert of_like_length(lengths, 1) == [[0], [2], [3], [4], [1], [5]]
+    assert length_buckets(lengths, 200) == [[0, 2, 3], [4, 1], [5]]
+    assert length_buckets(lengths, 1) == [[0], [2], [3], [4], [1], [5]]
+
+
+def test_memory_of_unknown_size_holds_all_rows_at_once(monkeypatch):
+    model = random_model(seed=3)
+    monkeypatch.setattr(rollout, "free_memory", lambda device: math.inf)
+    assert sampled(model).chunks == 1
 
 
 def test_each_prompt_of_a_group_is_read_once(batch_sizes, monkeypatch):
@@ -502,27 +508,27 @@ def test_each_prompt_of_a_group_is_read_once(batch_sizes, monkeypatch):
     assert len(batch_sizes) > 1
 
 
-def test_noise_at_the_ends_of_its_range_draws_no_token_that_was_ruled_out():
+def test_random_numbers_at_the_ends_of_their_range_draw_no_token_that_was_ruled_out():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).expand(3, -1)
     params = SamplingParams(1, top_k=2)  # leaves the two in the middle
-    noise = torch.tensor([2.0**-24, 0.5, 1.0])
-    tokens, logprobs = draw(logits, noise, params)
+    uniform = torch.tensor([2.0**-24, 0.5, 1.0])
+    tokens, logprobs = sample_tokens(logits, uniform, params)
     assert tokens.tolist() == [1, 1, 2]
     assert logprobs.exp().tolist() == pytest.approx([1 / (1 + math.exp(-1))] * 2 + [1 / (1 + math.exp(1))])
 
 
 @pytest.mark.parametrize("params", [SamplingParams(1), SamplingParams(1, 0.7, 9, 0.8), greedy(1)], ids=str)
-def test_a_wide_vocabulary_is_drawn_from_in_pieces_of_rows(params, monkeypatch):
-    logits, noise = torch.randn(10, 300, generator=seeded(0)), 1 - torch.rand(10, generator=seeded(1))
-    whole = draw(logits, noise, params)
+def test_tokens_of_a_wide_vocabulary_are_sampled_in_pieces_of_rows(params, monkeypatch):
+    logits, uniform = torch.randn(10, 300, generator=seeded(0)), 1 - torch.rand(10, generator=seeded(1))
+    whole = sample_tokens(logits, uniform, params)
     for elements in (1, 300, 1000):
         monkeypatch.setattr(rollout, "DRAW_PIECE", elements)
-        for found, expected in zip(draw(logits, noise, params), whole, strict=True):
+        for found, expected in zip(sample_tokens(logits, uniform, params), whole, strict=True):
             assert torch.equal(found, expected)
 
 
 def test_a_large_model_takes_the_short_cuts_and_draws_from_the_same_distribution(monkeypatch):
-    """Wide enough for products that are turned round, and for pieces of the vocabulary."""
+    """Wide enough for products that are computed transposed, and for pieces of the vocabulary."""
     monkeypatch.setattr(rollout, "DRAW_PIECE", 3000)
     wide = {"vocab_size": 1300, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64}
     model = random_model("qwen2", scale=0.05, **wide)
@@ -591,7 +597,7 @@ def test_a_group_of_no_rows_is_an_error(group_size):
     ],
 )
 def test_a_bad_sampling_parameter_is_named_with_its_value(name, value):
-    with pytest.raises(ValueError, match=rf"{name} must .*{value}"):
+    with pytest.raises(ValueError, match=rf"{name} {value}: must"):
         SamplingParams(**({"max_new_tokens": 1} | {name: value}))
 
 
@@ -648,9 +654,9 @@ def test_the_command_line_says_in_one_line_that_the_directory_is_missing(tmp_pat
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--max-new-tokens", "500"], "context of 64"),
         (["--top-p", "2"], "top_p"),
-        (["--samples", "0"], "--samples 0: must lie between 1 and 1000000"),
+        (["--samples", "0"], "--samples 0: must be a whole number from 1 to 1000000"),
         (["--seed", str(2**70)], "--seed"),
-        (["--temperature", "1e-40"], "temperature must be 0 .greedy. or a number from 0.001 up"),
+        (["--temperature", "1e-40"], r"temperature 1e-40: must be 0 .greedy. or lie in \[0.001, inf\)"),
         (["--prompt", "a\udcff"], "--prompt: not valid UTF-8"),
         (["--prompt", ""], "empty"),
     ],

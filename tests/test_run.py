@@ -1,6 +1,8 @@
 """A run's folder and life: files that are never half-written, resume that changes nothing, the command line."""
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -16,12 +18,17 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-import run
+import run.checkpoint
+import run.evaluation
 import sasr
 from data import Grade, knights_knaves
 from data.tokenizer import Codec
 from model import Transformer
-from run import RunFolder
+from run.checkpoint import Checkpoint, RunFolder
+from run.config import flag_name
+from run.lifecycle import Interrupt, Stopped
+from run.report import Progress, clock, provenance, seconds_left
+from run.setup import load_task_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT.parent / "shared/data"
@@ -64,6 +71,13 @@ def by_length(text, example):
 def rewards_that_differ(monkeypatch):
     """An untrained model solves nothing, and GRPO skips a step without signal: reward something else instead."""
     monkeypatch.setattr(knights_knaves, "grade", by_length)
+
+
+def begin(folder):
+    """What a run has written before its first step."""
+    folder.path.mkdir(exist_ok=True)
+    folder.write_json("config.json", {})
+    folder.metrics.touch()
 
 
 def lines(out):
@@ -134,7 +148,7 @@ def test_transformers_reads_the_saved_model_and_its_tokenizer_as_we_do(tmp_path)
 
 def test_provenance_does_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert run.provenance(torch.device("cpu"))["git_commit"] is None
+    assert provenance(torch.device("cpu"))["git_commit"] is None
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
@@ -147,13 +161,13 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 
 def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
-    folder.create({})
+    begin(folder)
     folder.save_checkpoint({"w": torch.ones(2)}, {"state": 1})
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "save_file", full_disk)
+    monkeypatch.setattr(run.checkpoint, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         folder.save_checkpoint({"w": torch.zeros(2)}, {"state": 2})
     checkpoint = folder.find_checkpoint()
@@ -163,7 +177,7 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path, monk
 
 def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.create({})
+    begin(folder)
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     os.rename(tmp_path / "checkpoint", tmp_path / "checkpoint.old")
     assert folder.find_checkpoint().tensors()["w"].tolist() == [1, 1]
@@ -175,7 +189,7 @@ def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tmp_path):
 
 def test_a_broken_checkpoint_is_named(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.create({})
+    begin(folder)
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     (tmp_path / "checkpoint/tensors.safetensors").write_bytes(b"\0" * 5)
     with pytest.raises(ValueError, match=r"tensors\.safetensors has changed since it was written"):
@@ -188,7 +202,7 @@ def test_the_progress_line_rewrites_itself_on_a_terminal_only():
             return True
 
     for stream, expected in ((Terminal(), "\r"), (io.StringIO(), "\n")):
-        progress = run.Progress(stream)
+        progress = Progress(stream)
         progress.show("step 1")
         progress.show("too soon to show")
         progress.show("the end", last=True)
@@ -199,7 +213,16 @@ def test_the_progress_line_rewrites_itself_on_a_terminal_only():
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (90, "1:30"), (3725, "1:02:05")])
 def test_clock(seconds, text):
-    assert run.clock(seconds) == text
+    assert clock(seconds) == text
+
+
+def test_the_time_left_counts_steps_and_evaluations_still_to_come():
+    config = sasr.Config(warmup_steps=10, steps=10, eval_every=0, controller="alternate")
+    seconds = {"warmup": 10.0, "sft": 2.0, "grpo": 6.0, "eval": 8.0}
+    state = sasr.State(step=14, sft_steps=2, grpo_steps=2, seconds=seconds)  # 1 s an SFT step, 3 s a GRPO step
+    assert seconds_left(config, state) == pytest.approx(6 * 2 + 4)  # 6 steps at 2 s, one evaluation at 4 s
+    state = sasr.State(step=1, seconds={"warmup": 1.0, "sft": 0.0, "grpo": 0.0, "eval": 60.0})
+    assert seconds_left(config, state) < 9 + 10 * 8 + 2 * 60 + 1
 
 
 def test_a_closed_terminal_or_pipe_does_not_stop_a_run(tmp_path, monkeypatch):
@@ -216,7 +239,7 @@ def test_a_line_that_stays_does_not_begin_behind_the_progress():
         def isatty(self):
             return True
 
-    with run.Progress(Terminal()) as progress:
+    with Progress(Terminal()) as progress:
         progress.show("step 1")
         progress.say("something happened")
     assert progress.stream.getvalue().split("\n")[1:] == ["something happened", ""]
@@ -268,6 +291,22 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monk
     assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
+def test_a_checkpoint_has_the_keys_that_earlier_versions_wrote_and_read(whole):
+    """Runs outlive the code that began them, so what is in their files keeps its names."""
+    checkpoint = RunFolder(whole).find_checkpoint()
+    assert set(checkpoint.state) == {"state", "controller", "fingerprint", "config", "config_hash", "metrics_bytes"}
+    state = "step sft_steps grpo_steps norm_step bad_steps bad_in_a_row reward_failures seconds accuracy scores reward"
+    assert set(checkpoint.state["state"]) == {*state.split(), "unlogged"}
+    assert set(checkpoint.state["state"]["seconds"]) == {"warmup", "sft", "grpo", "eval"}
+    assert set(checkpoint.state["controller"]) == {"g_warmup", "g_last", "warmup_norms"}
+    values = checkpoint.state["config"]
+    assert values == json.loads((whole / "config.json").read_text()) == dataclasses.asdict(config(whole))
+    sorted_values = json.dumps(values | {"out": ""}, sort_keys=True)
+    assert checkpoint.state["config_hash"] == hashlib.sha256(sorted_values.encode()).hexdigest()[:16]
+    names = {name.partition(".model.")[0] for name in checkpoint.tensors()}
+    assert names == {"model", "optimizer.step", "optimizer.exp_avg", "optimizer.exp_avg_sq", "reference"}
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         sasr.train(config(tmp_path / name, seed=seed))
@@ -279,8 +318,7 @@ def test_a_decay_branch_starts_from_a_stable_checkpoint(tmp_path):
     """A constant-rate run is branched: the same steps up to there, then a fall that ends the branch."""
     sasr.train(config(tmp_path / "stable", lr_schedule="wsd", decay_fraction=0.0, lr_warmup_steps=0, save_every=0))
     before = lines(tmp_path / "stable")
-    said = {"out": str(tmp_path / "branch"), "steps": 15, "decay_fraction": 1 / 3}
-    sasr.resume(tmp_path / "stable", said)
+    sasr.resume(tmp_path / "stable", {"out": str(tmp_path / "branch"), "steps": 15, "decay_fraction": 1 / 3})
     records = lines(tmp_path / "branch")
     assert records[:14] == before
     assert lines(tmp_path / "stable") == before
@@ -289,7 +327,7 @@ def test_a_decay_branch_starts_from_a_stable_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "named"),
+    ("overrides", "named"),
     [
         ({"group_size": 4}, "--group-size 4"),
         ({"controller": "grpo"}, "--controller grpo"),
@@ -298,17 +336,17 @@ def test_a_decay_branch_starts_from_a_stable_checkpoint(tmp_path):
     ],
     ids=str,
 )
-def test_resuming_with_flags_that_contradict_the_past_is_refused(tmp_path, said, named):
+def test_resuming_with_flags_that_contradict_the_past_is_refused(tmp_path, overrides, named):
     sasr.train(config(tmp_path / "x"))
     with pytest.raises(ValueError, match=named):
-        sasr.resume(tmp_path / "x", said)
+        sasr.resume(tmp_path / "x", overrides)
 
 
-@pytest.mark.parametrize(("controller", "said"), [("sft-then-grpo", {"steps": 20}), ("cosine", {"steps": 20})])
-def test_resuming_may_not_move_a_schedule_under_steps_already_taken(tmp_path, controller, said):
+@pytest.mark.parametrize(("controller", "overrides"), [("sft-then-grpo", {"steps": 20}), ("cosine", {"steps": 20})])
+def test_resuming_may_not_move_a_schedule_under_steps_already_taken(tmp_path, controller, overrides):
     sasr.train(config(tmp_path / "x", controller=controller))
     with pytest.raises(ValueError, match=f"--steps 20: would change the {controller} schedule"):
-        sasr.resume(tmp_path / "x", said)
+        sasr.resume(tmp_path / "x", overrides)
 
 
 def test_what_is_refused_leaves_the_run_as_it_was(tmp_path, capsys):
@@ -365,13 +403,15 @@ def test_a_run_without_its_metrics_goes_on(tmp_path, capsys):
 
 def test_a_run_that_is_being_trained_is_neither_resumed_nor_branched(tmp_path):
     sasr.train(config(tmp_path / "x", steps=0))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run, time\n"
-    code += f"with run.RunFolder({str(tmp_path / 'x')!r}).locked(): print('locked', flush=True); time.sleep(100)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run.checkpoint, time\n"
+    code += (
+        f"with run.checkpoint.RunFolder({str(tmp_path / 'x')!r}).locked(): print('locked', flush=True); time.sleep(100)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        for said in ({}, {"out": str(tmp_path / "y")}):
+        for overrides in ({}, {"out": str(tmp_path / "y")}):
             with pytest.raises(ValueError, match=f"process {other.pid} is writing into this folder"):
-                sasr.resume(tmp_path / "x", said)
+                sasr.resume(tmp_path / "x", overrides)
         other.kill()
     assert not (tmp_path / "y").exists()
 
@@ -406,21 +446,21 @@ def test_a_broken_configuration_is_named(tmp_path, text, named):
         sasr.resume(tmp_path)
 
 
-def test_metrics_that_lost_lines_are_said_to_have(tmp_path, capsys):
+def test_lost_lines_of_the_metrics_are_reported(tmp_path, capsys):
     folder = RunFolder(tmp_path)
-    folder.create({})
+    begin(folder)
     folder.log({"step": 1, "loss": float("nan")})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    folder.rewind(run.Checkpoint(tmp_path / "checkpoint", {"metrics_bytes": 1000}))
+    folder.rewind(Checkpoint(tmp_path / "checkpoint", {"metrics_bytes": 1000}))
     assert "lines of steps before the checkpoint are missing" in capsys.readouterr().err
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
 
 
 def test_a_branch_takes_the_old_checkpoint_if_that_is_the_only_one(tmp_path):
     folder = RunFolder(tmp_path / "x")
-    folder.create({})
+    begin(folder)
     folder.save_checkpoint({"w": torch.ones(2)}, {})
     os.rename(tmp_path / "x/checkpoint", tmp_path / "x/checkpoint.old")
     folder.branch_to(RunFolder(tmp_path / "y"), folder.find_checkpoint())
@@ -457,7 +497,7 @@ def test_a_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", log)
-        with pytest.raises(run.Stopped) as stopped:
+        with pytest.raises(Stopped) as stopped:
             sasr.train(config(tmp_path / "x"))
     assert stopped.value.signal == signal.SIGTERM
     assert len(lines(tmp_path / "x")) == 7
@@ -468,7 +508,7 @@ def test_a_signal_ends_the_step_saves_and_can_be_resumed(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("step", [0, 4, 12, 14])
 def test_a_signal_ends_an_evaluation_at_once_and_it_is_done_again(tmp_path, monkeypatch, whole, step):
-    original = sasr.Trainer._answers
+    original = run.evaluation.draw_answers
 
     def answers(trainer, *arguments):
         if trainer.state.step == step:
@@ -477,8 +517,8 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_done_again(tmp_path, monk
         return original(trainer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sasr.Trainer, "_answers", answers)
-        with pytest.raises(run.Stopped):
+        patch.setattr(run.evaluation, "draw_answers", answers)
+        with pytest.raises(Stopped):
             sasr.train(config(tmp_path / "x"))
     assert len(lines(tmp_path / "x")) == max(step - 1, 0)
     sasr.resume(tmp_path / "x")
@@ -488,7 +528,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_done_again(tmp_path, monk
 
 
 def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, whole):
-    original = sasr.Trainer._answers
+    original = run.evaluation.draw_answers
 
     def answers(trainer, *arguments):
         if trainer.state.step == 8:
@@ -496,7 +536,7 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, whole):
         return original(trainer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sasr.Trainer, "_answers", answers)
+        patch.setattr(run.evaluation, "draw_answers", answers)
         with pytest.raises(RuntimeError):
             sasr.train(config(tmp_path / "x", save_every=0))
     assert RunFolder(tmp_path / "x").find_checkpoint().state["state"]["step"] == 8
@@ -505,13 +545,13 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, whole):
 
 
 def test_a_terminal_that_closes_stops_a_run_unless_it_was_told_not_to(monkeypatch):
-    with run.Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGHUP)  # it may come twice
     assert interrupt.signal == signal.SIGHUP
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        with run.Interrupt() as interrupt:
+        with Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.signal is None
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -519,7 +559,7 @@ def test_a_terminal_that_closes_stops_a_run_unless_it_was_told_not_to(monkeypatc
         signal.signal(signal.SIGHUP, before)
 
 
-# ---- The command line, as a person meets it --------------------------------------------------------------------------
+# ---- The command line, as a user meets it ----------------------------------------------------------------------------
 
 
 def command(*arguments, cwd=ROOT):
@@ -550,9 +590,9 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--group-size", "0"], "--group-size 0: must be 1 or more"),
+        (["--group-size", "0"], "--group-size 0: must be a whole number from 1 to 10000000"),
         (["--task", "sudoku"], "unknown task 'sudoku'"),
         (["--task", "knights-knaves:people=1"], "people"),
         (["--data", "no/such/folder"], "no/such/folder: no such folder; it should have train.jsonl"),
@@ -562,8 +602,8 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys, monke
         (["--device", "meta"], "--device meta: not available here"),
         (["--eval-only"], "--eval-only needs --model"),
         (["--resume", ""], "--resume '': name the folder of a run"),
-        (["--seed", str(2**64)], f"--seed {2**64}: must lie between 0 and"),
-        (["--temperature", "1e-40"], "--temperature 1e-40: must be at least 0.001"),
+        (["--seed", str(2**64)], f"--seed {2**64}: must be a whole number from 0 to {2**63 - 1}"),
+        (["--temperature", "1e-40"], "--temperature 1e-40: must be a number from 0.001 to 10000000"),
         (
             ["--task", "countdown:seed=1"],
             "task 'countdown:seed=1': seed is given twice, or has a flag of its own, --seed",
@@ -576,29 +616,40 @@ def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys, monke
         (["--warmup-task", "sudoku"], "--warmup-task sudoku: only generated tasks can serve here"),
         (["--data", __file__], "test_run.py: a file, not a folder"),
         (["--task", "countdown:train_size=0,test_size=0"], "task countdown: there are no examples"),
-        (["--vocab-size", str(10**23)], f"--vocab-size {10**23}: must be at most 10000000"),
-        (["--rollout-memory", "1e300"], "--rollout-memory 1e+300: must be at most 10000000"),
+        (["--vocab-size", str(10**23)], f"--vocab-size {10**23}: must be a whole number from 257 to 10000000"),
+        (["--rollout-memory", "1e300"], "--rollout-memory 1e+300: must be a number from 0.0 to 10000000"),
         (["--out", __file__], "test_run.py: a file is in the way"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, said, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sasr.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("sasr.py: ")
-    assert said in captured.err
+    assert message in captured.err
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_task_specs():
+    task = load_task_spec("countdown:numbers=4,train_size=5,test_size=2", "", 0)
+    assert (task.name, len(task.train), len(task.test)) == ("countdown", 5, 2)
+    with pytest.raises(ValueError, match="'peple'"):
+        load_task_spec("knights-knaves:peple=3", "", 0)
+    with pytest.raises(ValueError, match="key=value"):
+        load_task_spec("countdown:4", "", 0)
+    with pytest.raises(ValueError, match="unknown task 'sudoku'"):
+        load_task_spec("sudoku", "", 0)
 
 
 def test_help_explains_every_flag_with_its_default(capsys):
     with contextlib.suppress(SystemExit):
         sasr.main(["--help"])
     text = "".join(capsys.readouterr().out.split())  # lines are broken at blanks, and after hyphens
-    for spec in sasr.dataclasses.fields(sasr.Config):
-        assert sasr.flag_name(spec.name) in text
+    for spec in dataclasses.fields(sasr.Config):
+        assert flag_name(spec.name) in text
         assert f"(default{spec.default!r})" in text
 
 

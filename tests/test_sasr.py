@@ -2,18 +2,26 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sasr
+from data import Grade, knights_knaves
+from data.batch import Batch, default_max_tokens
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
 from model import ModelConfig, Transformer
-from sasr import Batch, Config, SasrController, group_advantages, make_controller
+from run.checkpoint import named_tensors
+from run.evaluation import evaluate
+from run.report import dropped_report
+from run.setup import load_task_spec
+from sasr import BadStep, Config, SasrController, group_advantages
 
 # ---- Controllers -----------------------------------------------------------------------------------------------------
 
@@ -88,28 +96,6 @@ def test_controller_state_goes_through_json_and_back():
     assert other.g_warmup == controller.g_warmup
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ({"controller": "sft"}, [1, 1, 1, 1, 1, 1, 1, 1]),
-        ({"controller": "grpo"}, [0, 0, 0, 0, 0, 0, 0, 0]),
-        ({"controller": "sft-then-grpo"}, [1, 1, 1, 1, 0, 0, 0, 0]),
-        ({"controller": "sft-then-grpo", "switch_step": 2}, [1, 1, 0, 0, 0, 0, 0, 0]),
-        ({"controller": "alternate"}, [1, 0, 1, 0, 1, 0, 1, 0]),
-        ({"controller": "alternate", "alternate": "2:1"}, [1, 1, 0, 1, 1, 0, 1, 1]),
-        ({"controller": "alternate", "alternate": "0:1"}, [0, 0, 0, 0, 0, 0, 0, 0]),
-        ({"controller": "random", "sft_fraction": 0.3}, [0.3] * 8),
-        ({"controller": "cosine"}, [1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
-    ],
-    ids=str,
-)
-def test_every_rival_is_a_schedule(flags, expected):
-    controller = make_controller(Config(steps=8, **flags))
-    controller.observe_warmup(3.0)
-    controller.observe_sft(1.0)
-    assert [controller.sft_probability(t) for t in range(8)] == pytest.approx(expected, abs=1e-4)
-
-
 # ---- Advantages ------------------------------------------------------------------------------------------------------
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
@@ -182,6 +168,10 @@ def ragged_batch(count=7, **more):
     return Batch([ids(1, 6) for _ in range(count)], [ids(1, 12) for _ in range(count)], **more)
 
 
+def tokens_of(batch):
+    return sum(map(len, batch.completions))
+
+
 def logprobs_by_hand(model, batch):
     """Token by token and one sequence at a time, from full logits: B tensors with a graph."""
     out = []
@@ -209,17 +199,18 @@ def assert_same_gradient(model, stats, loss, tolerance=1e-9):
 
 
 FREE = {"max_grad_norm": 0.0}  # no clipping: compare raw gradients
+WHOLE = 10_000  # tokens at once: the batch is one micro-batch
 
 
 def test_sft_is_the_token_mean_of_the_negative_log_likelihood():
     model, batch = tiny_model(), ragged_batch()
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE))
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), WHOLE)
     assert_same_gradient(model, stats, -torch.cat(logprobs_by_hand(model, batch)).mean())
 
 
 def test_dft_gradient_is_minus_p_times_grad_log_p():
     model, batch = tiny_model(), ragged_batch()
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(sft_loss="dft", **FREE))
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(sft_loss="dft", **FREE), WHOLE)
     logprobs = torch.cat(logprobs_by_hand(model, batch))
     expected = [torch.zeros_like(p) for p in model.parameters()]
     for logprob in logprobs:
@@ -235,18 +226,21 @@ def test_dft_gradient_is_minus_p_times_grad_log_p():
 def grpo_batch(temperature=1.0):
     batch = ragged_batch(temperature=temperature, advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
     draw = torch.Generator().manual_seed(9)
-    current = [part.detach() for part in logprobs_by_hand(tiny_model(), batch)]
-    batch.old_logprobs = [part + 0.4 * torch.randn(part.shape, generator=draw).double() for part in current]
-    batch.ref_logprobs = [part + 0.4 * torch.randn(part.shape, generator=draw).double() for part in current]
+    current = torch.cat(logprobs_by_hand(tiny_model(), batch)).detach()
+    batch.old_logprobs = current + 0.4 * torch.randn(current.shape, generator=draw).double()
+    batch.ref_logprobs = current + 0.4 * torch.randn(current.shape, generator=draw).double()
     return batch
 
 
 def test_grpo_is_the_clipped_objective_with_k3():
     model, batch = tiny_model(), grpo_batch(temperature=0.8)
     config = Config(clip_low=0.2, clip_high=0.3, kl_coef=0.1, **FREE)
-    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config)
+    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config, WHOLE)
     total, low, high, kl, ratios = 0.0, 0, 0, 0.0, []
-    parts = zip(logprobs_by_hand(model, batch), batch.old_logprobs, batch.ref_logprobs, batch.advantages, strict=True)
+    old_parts, ref_parts = (
+        flat.split(list(map(len, batch.completions))) for flat in (batch.old_logprobs, batch.ref_logprobs)
+    )
+    parts = zip(logprobs_by_hand(model, batch), old_parts, ref_parts, batch.advantages, strict=True)
     for new, old, ref, advantage in parts:
         for lp, lp_old, lp_ref in zip(new, old, ref, strict=True):
             ratio = (lp - lp_old).exp()
@@ -260,19 +254,19 @@ def test_grpo_is_the_clipped_objective_with_k3():
             total, kl = total + gain - 0.1 * k3, kl + k3.item()
             ratios.append(ratio.item())
     assert min(low, high) > 0, "the case should show all kinds of token"
-    assert_same_gradient(model, stats, -total / batch.tokens, tolerance=1e-7)
-    assert stats["clip_low_fraction"] == pytest.approx(low / batch.tokens)
-    assert stats["clip_high_fraction"] == pytest.approx(high / batch.tokens)
+    assert_same_gradient(model, stats, -total / tokens_of(batch), tolerance=1e-7)
+    assert stats["clip_low_fraction"] == pytest.approx(low / tokens_of(batch))
+    assert stats["clip_high_fraction"] == pytest.approx(high / tokens_of(batch))
     assert stats["ratio_mean"] == pytest.approx(sum(ratios) / len(ratios))
     assert stats["ratio_max"] == pytest.approx(max(ratios))
-    assert stats["kl"] == pytest.approx(kl / batch.tokens)
+    assert stats["kl"] == pytest.approx(kl / tokens_of(batch))
 
 
 def test_on_policy_grpo_is_the_policy_gradient():
     model, batch = tiny_model(), ragged_batch(advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
-    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, Config(**FREE))
+    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, Config(**FREE), WHOLE)
     weighted = [a * part for a, part in zip(batch.advantages, logprobs_by_hand(model, batch), strict=True)]
-    expected = gradients(model, -torch.cat(weighted).sum() / batch.tokens)
+    expected = gradients(model, -torch.cat(weighted).sum() / tokens_of(batch))
     assert stats["grad_norm"] == pytest.approx(norm(expected), rel=1e-9)
     assert stats["clip_low_fraction"] == stats["clip_high_fraction"] == 0
     assert stats["ratio_mean"] == stats["ratio_max"] == 1
@@ -289,25 +283,13 @@ def test_a_token_of_a_long_completion_counts_less_only_where_each_completion_cou
 def test_grpo_with_the_mean_of_each_completion_by_hand(budget):
     model, batch = tiny_model(), ragged_batch(advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
     batch.denominators = sasr.loss_denominators(batch.completions, "grpo", 12)
-    config = Config(tokens_per_microbatch=budget, **FREE)
-    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config)
+    max_tokens = default_max_tokens(budget, torch.device("cpu"))
+    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, Config(**FREE), max_tokens)
     means = [a * part.mean() for a, part in zip(batch.advantages, logprobs_by_hand(model, batch), strict=True)]
     expected = gradients(model, -sum(means) / len(means))
     for parameter, wanted in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
     assert stats["loss"] == pytest.approx(-batch.advantages.mean().item())  # the ratio is 1
-
-
-def test_divergence_is_the_mean_kl_of_the_completion_tokens():
-    model, reference, batch = tiny_model(0), tiny_model(1), ragged_batch()
-    total = 0.0
-    for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
-        p, q = (m.logits(m(torch.tensor([prompt + completion])))[0].log_softmax(-1) for m in (model, reference))
-        kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-        total += kl[len(prompt) - 1 : -1].sum().item()
-    found = sasr.divergence(model, reference, batch, Config(tokens_per_microbatch=30))
-    assert found == pytest.approx(total / batch.tokens)
-    assert sasr.divergence(model, model, batch, Config()) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dft", "grpo"])
@@ -317,10 +299,8 @@ def test_the_cut_into_micro_batches_changes_nothing(objective, budget):
     function = sasr.grpo_objective if objective == "grpo" else sasr.sft_objective
     config = Config(sft_loss="dft" if objective == "dft" else "nll", kl_coef=0.1, **FREE)
     results = []
-    for tokens in (10_000, budget):
-        stats = sasr.accumulate_gradient(
-            model, batch, function, dataclasses.replace(config, tokens_per_microbatch=tokens)
-        )
+    for tokens in (WHOLE, budget):
+        stats = sasr.accumulate_gradient(model, batch, function, config, tokens)
         results.append((stats, [p.grad.clone() for p in model.parameters()]))
     (whole, whole_grads), (cut, cut_grads) = results
     assert cut.pop("padding_fraction") <= whole.pop("padding_fraction") < 1
@@ -331,33 +311,9 @@ def test_the_cut_into_micro_batches_changes_nothing(objective, budget):
 def test_in_fp32_too_the_cut_changes_less_than_1e_5():
     model, batch = tiny_model().float(), ragged_batch()
     norms = []
-    for tokens in (10_000, 1):
-        config = Config(tokens_per_microbatch=tokens, **FREE)
-        norms.append(sasr.accumulate_gradient(model, batch, sasr.sft_objective, config)["grad_norm"])
+    for tokens in (WHOLE, 1):
+        norms.append(sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), tokens)["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_micro_batches_keep_the_budget_and_every_sequence(shared):
-    batch = ragged_batch(count=40)
-    for i, prompt in enumerate(batch.prompts):
-        batch.prompts[i] = batch.prompts[i // 8] if shared else [*prompt, i]
-    pieces = sasr.micro_batches(batch, 50, torch.device("cpu"))
-    assert sorted(itertools.chain(*(piece.members for piece in pieces))) == list(range(40))
-    assert any(len(piece.prompts) < len(piece.members) for piece in pieces) == shared
-    for piece in pieces:
-        assert piece.prompts.numel() + piece.completions.numel() <= 50
-        assert piece.targets.tolist() == [token for i in piece.members for token in batch.completions[i]]
-        real = 0
-        for row, i in enumerate(piece.members):
-            length = piece.prompt_lengths[piece.owner[row]]
-            read = piece.prompts[piece.owner[row], :length].tolist()
-            read += piece.completions[row, : max(len(batch.completions[i]) - 1, 0)].tolist()
-            assert read == batch.prompts[i] + batch.completions[i][:-1]
-            real += len(batch.completions[i]) - 1
-        distinct = {tuple(batch.prompts[i]) for i in piece.members}
-        read = piece.prompts.numel() + piece.completions.numel()
-        assert piece.padding == read - real - sum(map(len, distinct))
 
 
 def test_a_prompt_is_read_once_for_its_completions(monkeypatch):
@@ -370,56 +326,45 @@ def test_a_prompt_is_read_once_for_its_completions(monkeypatch):
     )
     prompts = [[1, 2, 3, 4], [5, 6]]
     batch = Batch([prompts[i // 3] for i in range(6)], [[7], [8, 9], [7, 8, 9], [4, 4], [9], [3, 2, 1]])
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), WHOLE)
     assert read == [(2, 4), (6, 2)]  # both prompts, and what precedes the last tokens of the completions
     assert stats["padding_fraction"] == pytest.approx((2 + 6) / (2 * 4 + 6 * 2))
     read.clear()
     batch = Batch([[1, 2], [1, 2]], [[3], [4]])
-    sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
+    sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), WHOLE)
     assert read == [(1, 2)]  # completions of one token have nothing to read
 
 
 def test_the_norm_is_taken_before_clipping_and_the_gradient_after():
     model, batch = tiny_model(), ragged_batch()
-    free = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE))["grad_norm"]
-    clipped = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(max_grad_norm=free / 10))
+    free = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), WHOLE)["grad_norm"]
+    clipped = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(max_grad_norm=free / 10), WHOLE)
     assert clipped["grad_norm"] == pytest.approx(free)
     assert norm([p.grad for p in model.parameters()]) == pytest.approx(free / 10, rel=1e-4)
 
 
 def test_an_empty_completion_adds_nothing_and_no_nan():
     model, batch = tiny_model(), ragged_batch()
-    expected = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE))
+    expected = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), WHOLE)
     batch.prompts.append([1, 2])
     batch.completions.append([])
-    config = Config(tokens_per_microbatch=1, **FREE)
-    found = sasr.accumulate_gradient(model, batch, sasr.sft_objective, config)
+    found = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), 1)
     assert found == pytest.approx(expected | {"padding_fraction": found["padding_fraction"]})
 
 
 def test_padding_is_the_share_of_tokens_read_that_are_none():
     model = tiny_model()
     batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # 3, 5 and 1 tokens are read, as 3 rows of 5
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config())
+    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), WHOLE)
     assert stats["padding_fraction"] == pytest.approx(1 - 9 / 15)
-    alone = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(tokens_per_microbatch=1))
+    alone = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), 1)
     assert alone["padding_fraction"] == 0
 
 
-def test_the_cut_that_reads_less_is_taken():
-    ragged_prompts = Batch([[1] * n for n in (2, 100, 3, 99)], [[1] * n for n in (5, 6, 7, 8)])
-    pieces = sasr.micro_batches(ragged_prompts, 230, torch.device("cpu"))
-    assert [piece.members for piece in pieces] == [[0, 2], [3, 1]]
-    ragged_completions = Batch([[1], [1], [2], [2]], [[1] * n for n in (3, 100, 4, 99)])
-    pieces = sasr.micro_batches(ragged_completions, 210, torch.device("cpu"))
-    assert [piece.members for piece in pieces] == [[0, 2], [3, 1]]
-
-
-def test_score_is_in_the_order_of_the_batch():
-    model, batch = tiny_model(), ragged_batch(temperature=1.5)
-    scores = sasr.score(model, batch, Config(tokens_per_microbatch=30))
-    for got, wanted in zip(scores, logprobs_by_hand(model, batch), strict=True):
-        torch.testing.assert_close(got, wanted.detach())
+def test_logprobs_are_in_the_order_of_the_batch():
+    model, batch = tiny_model().float(), ragged_batch(temperature=1.5)
+    logprobs = sasr.compute_logprobs(model, batch, 30)
+    torch.testing.assert_close(logprobs, torch.cat(logprobs_by_hand(model, batch)).detach())
 
 
 # ---- Learning rate, order, alpha -------------------------------------------------------------------------------------
@@ -451,27 +396,16 @@ def test_a_wsd_rate_before_the_decay_does_not_depend_on_the_length_of_the_run():
     assert [sasr.learning_rate(short, s) for s in range(1, 9)] == [sasr.learning_rate(long, s) for s in range(1, 9)]
 
 
-def test_shuffled_epochs_show_everything_once_each_however_it_is_cut():
-    whole = sasr.shuffled(10, 0, 30, 7, "prompts")
-    assert [sorted(whole[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
-    assert whole[:10] != whole[10:20]
-    cut = [i for start in range(0, 30, 4) for i in sasr.shuffled(10, start, min(4, 30 - start), 7, "prompts")]
-    assert cut == whole
-    assert sasr.shuffled(3, 0, 12, 7, "prompts")[:3] != [0, 1, 2] or sasr.shuffled(3, 0, 12, 8, "prompts")[:3] != [
-        0,
-        1,
-        2,
-    ]
-    assert sasr.shuffled(10, 0, 10, 7, "demonstrations") != whole[:10]
-
-
-def test_the_optimizer_is_not_moved_by_a_gradient_that_is_not_finite(tmp_path):
+def test_the_optimizer_is_not_moved_by_a_gradient_that_is_not_finite(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    trainer.sft_step()
+    sft_step(trainer)
     after = {name: p.clone() for name, p in trainer.model.named_parameters()}
     assert any((before[name] != after[name]).any() for name in before)
-    trainer._step_optimizer(math.nan)
+    original = sasr.accumulate_gradient
+    monkeypatch.setattr(sasr, "accumulate_gradient", lambda *arguments: original(*arguments) | {"grad_norm": math.nan})
+    with pytest.raises(BadStep):
+        sft_step(trainer)
     assert all((p == after[name]).all() for name, p in trainer.model.named_parameters())
 
 
@@ -499,11 +433,44 @@ def small_trainer(tmp_path, **changes):
     return sasr.Trainer(Config(**(SMALL | {"out": str(tmp_path / "run")} | changes)))
 
 
-def test_a_group_without_signal_does_not_move_the_weights(tmp_path, monkeypatch):
+def sft_step(trainer):
+    """An SFT step that no controller hears of; its record."""
+    record = {}
+    sasr.sft_step(trainer, record, lambda norm: None)
+    return record
+
+
+def grpo_step(trainer):
+    record = {}
+    sasr.grpo_step(trainer, record)
+    return record
+
+
+def probe(trainer):
+    return sasr.probe(trainer, lambda norm: None)
+
+
+def counted(trainer, record):
+    """The record of a step, which now has been taken."""
+    trainer.state.finish_step(record, 0.0)
+    return record
+
+
+def reward_with(trainer, rewards):
+    """Grade the completions of each rollout with these rewards [Q, G], whatever they are."""
+    given = itertools.cycle(rewards.flatten().tolist())
+
+    def verify(text, example):
+        return Grade(next(given), correct=False, well_formed=False)
+
+    trainer.task.source = dataclasses.replace(trainer.task.source, verify=verify)
+
+
+def test_a_group_without_signal_does_not_move_the_weights(tmp_path):
     trainer = small_trainer(tmp_path)
-    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: (torch.ones(2, 3), 0))
+    reward_with(trainer, torch.ones(2, 3))
     before = [p.clone() for p in trainer.model.parameters()]
-    record = trainer.grpo_step()
+    record = grpo_step(trainer)
     assert record["zero_variance_fraction"] == 1.0
     assert record["grad_norm"] == 0.0
     assert all((p == old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
@@ -514,21 +481,22 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
     """Two groups, one of them agreeing: its completions must still count in the denominators."""
     trainer = small_trainer(tmp_path, max_grad_norm=0.0, loss_aggregation=aggregation)
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    seen = {}
+    reward_with(trainer, rewards)
+    seen, original = {}, sasr.compute_rewards
 
-    def spy(completions, chosen):
-        seen["completions"], seen["chosen"] = completions, chosen
-        return rewards, 0
+    def spy(trainer, rollout, chosen, record):
+        seen["completions"], seen["chosen"] = rollout.completions, chosen
+        return original(trainer, rollout, chosen, record)
 
-    monkeypatch.setattr(trainer, "_rewards", spy)
-    monkeypatch.setattr(trainer, "_step_optimizer", lambda grad_norm: None)
-    record = trainer.grpo_step()
+    monkeypatch.setattr(sasr, "compute_rewards", spy)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    record = grpo_step(trainer)
     prompts = [trainer.task.train_prompts[i] for i in seen["chosen"] for _ in range(3)]
     batch = Batch(prompts, seen["completions"])
     advantages = group_advantages(rewards).flatten()
     weighted = [a * part for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
     loss = {
-        "token-mean": -torch.cat(weighted).sum() / batch.tokens,
+        "token-mean": -torch.cat(weighted).sum() / tokens_of(batch),
         "grpo": -sum(part.mean() for part in weighted) / 6,
         "dr_grpo": -torch.cat(weighted).sum() / (6 * trainer.task.max_new_tokens),
     }
@@ -538,7 +506,7 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
 
 def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, inner_updates=3, lr=1e-2, lr_warmup_steps=0, warmup_steps=0)
-    monkeypatch.setattr(trainer, "_rewards", lambda completions, chosen: (torch.tensor([[1.0, 0.0, 0.0]] * 2), 0))
+    reward_with(trainer, torch.tensor([[1.0, 0.0, 0.0]] * 2))
     ratios = []
     original = sasr.kernels.grpo_loss
 
@@ -547,7 +515,7 @@ def test_inner_updates_reuse_one_rollout_and_leave_the_trust_region_slowly(tmp_p
         return original(logprobs, old_logprobs, *rest, **options)
 
     monkeypatch.setattr(sasr.kernels, "grpo_loss", spy)
-    trainer.grpo_step()
+    grpo_step(trainer)
     assert len(ratios) == 3
     assert ratios[0] < 1e-5 < ratios[1] < ratios[2]
 
@@ -568,11 +536,9 @@ def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path
     norms, weights = [], []
     for compile_it in (False, True):
         trainer = small_trainer(tmp_path, compile=compile_it, gradient_checkpointing=checkpointing, kl_coef=0.1)
-        trainer.reference = trainer._frozen_copy()
-        trainer._rewards = lambda completions, chosen: (torch.arange(6.0).view(2, 3) % 3, 0)
-        norms.append(
-            [trainer.sft_step()["grad_norm"], trainer.grpo_step()["grad_norm"], trainer.sft_step()["grad_norm"]]
-        )
+        trainer.freeze_reference()
+        reward_with(trainer, torch.arange(6.0).view(2, 3) % 3)
+        norms.append([take(trainer)["grad_norm"] for take in (sft_step, grpo_step, sft_step)])
         weights.append(list(trainer.model.parameters()))
         compiled = [m._compiled_call_impl is not None for m in (trainer.model, trainer.sampler, trainer.reference)]
         assert compiled == [compile_it, False, False]
@@ -585,58 +551,57 @@ def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path
 def test_a_probe_measures_on_fresh_demonstrations_and_does_not_step(tmp_path):
     trainer = small_trainer(tmp_path)
     before = [p.clone() for p in trainer.model.parameters()]
-    batch = trainer._demonstrations(trainer.task, 0, "probe")
+    batch = sasr.demonstrations(trainer, trainer.task, 0, "probe")
     expected = gradients(trainer.model, -torch.cat(logprobs_by_hand(trainer.model, batch)).mean())
-    first = trainer.probe()
+    first = probe(trainer)
     assert first == pytest.approx(norm(expected), rel=1e-4)
     assert all((p == old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
-    assert trainer.probe() == first
+    assert probe(trainer) == first
     trainer.state.step = 1
-    assert trainer.probe() != first, "a probe that repeats its batch cannot correct a low draw"
+    assert probe(trainer) != first, "a probe that repeats its batch cannot correct a low draw"
 
 
 def test_a_norm_that_is_not_finite_is_not_observed(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, gamma=0.0, warmup_steps=0)  # p = 1
-    trainer.between_steps()
+    sasr.after_step(trainer)
     norm_before, step_before = trainer.controller.g_last, trainer.state.norm_step
     weights = [p.clone() for p in trainer.model.parameters()]
     poisoned = {"loss": math.nan, "grad_norm": math.nan, "padding_fraction": 0.0}
     monkeypatch.setattr(sasr, "accumulate_gradient", lambda *_, **__: poisoned)
-    assert trainer.adaptive_step()["kind"] == "sft"
+    with pytest.raises(BadStep) as bad:
+        sasr.adaptive_step(trainer)
+    assert bad.value.record["kind"] == "sft"
     assert (trainer.controller.g_last, trainer.state.norm_step) == (norm_before, step_before)
     assert all((p == old).all() for p, old in zip(trainer.model.parameters(), weights, strict=True))
 
 
 def test_probe_every_bounds_the_age_of_the_norm(tmp_path):
     trainer = small_trainer(tmp_path, gamma=1e6, warmup_steps=0, steps=12, probe_every=3)  # p is nearly 0
-    trainer.between_steps()
+    sasr.after_step(trainer)
     ages = []
     for _ in range(12):
-        ages.append(trainer.adaptive_step()["sft_norm_age"])
-        trainer.state.step += 1
+        ages.append(counted(trainer, sasr.adaptive_step(trainer))["sft_norm_age"])
     assert ages == [0, 1, 2] * 4
 
 
 def test_without_warmup_the_yardstick_is_measured(tmp_path):
     trainer = small_trainer(tmp_path, warmup_steps=0)
-    trainer.between_steps()
+    sasr.after_step(trainer)
     assert trainer.controller.sft_probability() == pytest.approx(0.5)
-    assert trainer.controller.g_warmup == pytest.approx(trainer.probe())
+    assert trainer.controller.g_warmup == pytest.approx(probe(trainer))
     assert trainer.state.norm_step == 0
 
 
 def test_adaptive_step_obeys_alpha_and_refreshes_the_norm_only_after_sft(tmp_path):
     trainer = small_trainer(tmp_path, steps=30)
-    trainer.between_steps()
+    sasr.after_step(trainer)
     for _ in range(3):
-        trainer.warmup_step()
-        trainer.state.step += 1
-    trainer.between_steps()
+        counted(trainer, trainer.step())
+    sasr.after_step(trainer)
     kinds = set()
     for _ in range(20):
         g_last = trainer.controller.g_last
-        record = trainer.adaptive_step()
-        trainer.state.step += 1
+        record = counted(trainer, sasr.adaptive_step(trainer))
         kinds.add(record["kind"])
         assert record["kind"] == ("sft" if record["alpha"] < record["p_sft"] else "grpo")
         assert record["p_sft"] == pytest.approx(g_last / (g_last + trainer.controller.g_warmup))
@@ -645,20 +610,60 @@ def test_adaptive_step_obeys_alpha_and_refreshes_the_norm_only_after_sft(tmp_pat
     assert (trainer.state.sft_steps + trainer.state.grpo_steps) == 20
 
 
+def test_a_bad_step_of_a_run_leaves_no_trace_and_equation_1_holds_before_and_after_it(tmp_path, monkeypatch):
+    """The norms that p_t follows are those of the SFT lines of the metrics; the second GRPO step is poisoned."""
+    monkeypatch.setattr(knights_knaves, "grade", lambda text, example: Grade(len(text) % 3 / 2, False, False))
+    calls, loss_of, after_step, snapshots = itertools.count(1), sasr.kernels.grpo_loss, sasr.after_step, []
+
+    def poisoned(*arguments, **named):
+        loss, stats = loss_of(*arguments, **named)
+        return loss * (math.nan if next(calls) == 2 else 1), stats
+
+    def spy(trainer):
+        snapshots.append({name: tensor.detach().clone() for name, tensor in named_tensors(trainer).items()})
+        return after_step(trainer)
+
+    monkeypatch.setattr(sasr.kernels, "grpo_loss", poisoned)
+    monkeypatch.setattr(sasr, "after_step", spy)
+    summary = sasr.train(Config(**SMALL | {"steps": 12, "out": str(tmp_path / "run")}))
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 16))
+
+    (dropped,) = [record for record in records if record["loss"] is None]
+    assert (dropped["kind"], dropped["grad_norm"]) == ("grpo", None)
+    assert dropped["reward_mean"] > 0
+    assert summary["bad_steps"] == 1
+    assert summary["sft_steps"] + summary["grpo_steps"] == 12
+    before, after = snapshots[dropped["step"] - 1 : dropped["step"] + 1]
+    assert before.keys() == after.keys()
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    following = [record for record in records if record["step"] > dropped["step"]]
+    assert {record["kind"] for record in following} == {"sft", "grpo"}, "the case should show both"
+    assert all(record["grad_norm"] > 0 for record in following)
+    assert not torch.equal(after["model.model.embed_tokens.weight"], snapshots[-1]["model.model.embed_tokens.weight"])
+
+    g_warmup = g_last = records[2]["grad_norm"]
+    for record in records[3:]:
+        assert record["sft_norm"] == g_last
+        assert record["p_sft"] == pytest.approx(g_last / (g_last + g_warmup))
+        g_last = record["grad_norm"] if record["kind"] == "sft" else g_last
+    assert summary["g_warmup"] == g_warmup
+
+
 @pytest.mark.parametrize(("kl_coef", "reference"), [(0.1, "warmup"), (0.1, "initial"), (0.0, "warmup")])
 def test_the_reference_policy_is_frozen_where_it_was_asked_for(tmp_path, kl_coef, reference):
     trainer = small_trainer(tmp_path, kl_coef=kl_coef, reference=reference)
-    trainer.between_steps()
+    sasr.after_step(trainer)
     initial = trainer.model.head.detach().clone()
     for _ in range(3):
-        trainer.warmup_step()
-        trainer.state.step += 1
-    trainer.between_steps()
+        counted(trainer, trainer.step())
+    sasr.after_step(trainer)
     warmed = trainer.model.head.detach().clone()
     if not kl_coef:
         assert trainer.reference is None
         return
-    trainer.grpo_step()
+    grpo_step(trainer)
     assert torch.equal(trainer.reference.head, warmed if reference == "warmup" else initial)
     assert not any(p.requires_grad for p in trainer.reference.parameters())
 
@@ -670,7 +675,7 @@ def test_warming_up_on_another_task(tmp_path, monkeypatch):
     monkeypatch.setattr(sasr, "accumulate_gradient", lambda model, batch, *_: seen.append(batch) or stats)
     for step in (2, 3):
         trainer.state.step = step
-        trainer.sft_step()
+        sft_step(trainer)
     last_of_warmup, first_of_adaptive = (trainer.codec.tokenizer.decode(batch.prompts[0]) for batch in seen)
     assert "numbers" in last_of_warmup
     assert "numbers" not in first_of_adaptive
@@ -681,7 +686,7 @@ def test_examples_without_demonstration_serve_grpo_only(tmp_path):
     trainer = small_trainer(tmp_path, task=task)
     assert len(trainer.task.demonstrations) == 5
     assert len(trainer.task.train_prompts) == 40
-    trainer.grpo_step()
+    grpo_step(trainer)
     nothing = "knights-knaves:train_size=40,test_size=12,demonstrations=0"
     with pytest.raises(ValueError, match="no example has a demonstration"):
         small_trainer(tmp_path, task=nothing)
@@ -693,8 +698,8 @@ def test_empty_splits_are_named(tmp_path):
     with pytest.raises(ValueError, match="no training examples"):
         small_trainer(tmp_path, task="knights-knaves:train_size=0,test_size=4")
     trainer = small_trainer(tmp_path, task="knights-knaves:train_size=4,test_size=0")
-    assert trainer.evaluate() == {}
-    assert "no test examples" in "\n".join(sasr.left_out(trainer.setting))
+    assert evaluate(trainer) == {}
+    assert "no test examples" in "\n".join(dropped_report(trainer))
 
 
 def test_out_of_domain_puzzles_could_not_have_been_training_puzzles(tmp_path):
@@ -709,7 +714,7 @@ def test_out_of_domain_puzzles_could_not_have_been_training_puzzles(tmp_path):
 def test_a_demonstration_gets_no_special_tokens_of_a_beginning():
     from tokenizers.processors import TemplateProcessing
 
-    task = sasr.load_task_spec("knights-knaves:train_size=4,test_size=2", "", 0)
+    task = load_task_spec("knights-knaves:train_size=4,test_size=2", "", 0)
     codec = Codec.trained_on([e.prompt + e.demonstration for e in task.train], 300)
     tokenizer = codec.tokenizer
     tokenizer.add_special_tokens(["<s>"])
@@ -719,15 +724,6 @@ def test_a_demonstration_gets_no_special_tokens_of_a_beginning():
     assert prompt[0] == start
     assert start not in completion
     assert completion[-1] == 0
-
-
-def test_the_time_left_counts_steps_and_evaluations_still_to_come():
-    config = Config(warmup_steps=10, steps=10, eval_every=0, controller="alternate")
-    seconds = {"warmup": 10.0, "sft": 2.0, "grpo": 6.0, "eval": 8.0}
-    state = sasr.State(step=14, sft_steps=2, grpo_steps=2, seconds=seconds)  # 1 s an SFT step, 3 s a GRPO step
-    assert sasr.seconds_left(config, state) == pytest.approx(6 * 2 + 4)  # 6 steps at 2 s, one evaluation at 4 s
-    state = sasr.State(step=1, seconds={"warmup": 1.0, "sft": 0.0, "grpo": 0.0, "eval": 60.0})
-    assert sasr.seconds_left(config, state) < 9 + 10 * 8 + 2 * 60 + 1
 
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -758,12 +754,5 @@ def test_a_bad_value_is_named_with_its_flag(flags, named):
         Config(**flags)
 
 
-def test_task_specs():
-    task = sasr.load_task_spec("countdown:numbers=4,train_size=5,test_size=2", "", 0)
-    assert (task.name, len(task.train), len(task.test)) == ("countdown", 5, 2)
-    with pytest.raises(ValueError, match="'peple'"):
-        sasr.load_task_spec("knights-knaves:peple=3", "", 0)
-    with pytest.raises(ValueError, match="key=value"):
-        sasr.load_task_spec("countdown:4", "", 0)
-    with pytest.raises(ValueError, match="unknown task 'sudoku'"):
-        sasr.load_task_spec("sudoku", "", 0)
+def test_a_number_of_numpy_is_a_number():
+    assert Config(lr=np.float64(1e-3)) == Config(lr=1e-3)

@@ -149,8 +149,8 @@ def byte_task(*sizes, test=(10,)):
     """Training examples of (prompt bytes, demonstration bytes or None); test prompts of so many bytes."""
 
     def example(name, prompt, demonstration):
-        shown = None if demonstration is None else "d" * demonstration
-        return Example(name * prompt, f"{name}{prompt}", shown)
+        worked = None if demonstration is None else "d" * demonstration
+        return Example(name * prompt, f"{name}{prompt}", worked)
 
     train = [example("abcdefgh"[i], *size) for i, size in enumerate(sizes)]
     return Task("bytes", train, [example("t", prompt, None) for prompt in test], lambda text, example: WRONG)
@@ -229,7 +229,7 @@ def test_the_training_examples_can_be_the_ones_that_are_evaluated():
 
 
 @pytest.mark.parametrize(
-    ("limits", "said"),
+    ("limits", "message"),
     [
         (
             {"max_prompt_tokens": 9},
@@ -256,12 +256,12 @@ def test_the_training_examples_can_be_the_ones_that_are_evaluated():
     ],
     ids=str,
 )
-def test_where_all_is_too_long_the_mend_is_named(limits, said):
+def test_where_all_is_too_long_the_fix_is_named(limits, message):
     task = TokenizedTask(byte_task((10, 39), (20, 39)), CODEC, **limits)
     check = task.check_demonstrations if task.train else task.check_prompts
     with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
         check()
-    assert str(error.value) == said
+    assert str(error.value) == message
 
 
 def test_a_demonstration_may_be_lost_with_its_prompt():

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models
 
 import data.tokenizer
 import model as model_file
+from data.files import check_number
 from data.tokenizer import ChatTemplate, Codec
 from model import ModelConfig, Transformer, read_config
 
@@ -146,10 +147,10 @@ def test_heads_that_do_not_divide():
 
 def test_numbers_just_outside_and_just_inside_their_limits():
     for key in NUMBERS:
-        least, most = model_file.LIMITS[key]
-        model_file.check_number(key, least)
-        model_file.check_number(key, most)
-        for value in (least - 1, most + 1 if isinstance(most, int) else most * 1.01):
+        low, high = model_file.LIMITS[key]
+        check_number(key, low, low, high)
+        check_number(key, high, low, high)
+        for value in (low - 1, high + 1 if isinstance(high, int) else high * 1.01):
             refused(lambda key=key, value=value: ModelConfig.from_dict(VALID | {key: value}), f"config: {key} ")
 
 
@@ -350,7 +351,7 @@ def test_an_index_that_names_no_file_of_its_directory(name, copied):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{}", '{"weight_map": []}', '{"weight_map": null}', "[" * 10**5])
-def test_an_index_that_is_none(content, copied):
+def test_an_invalid_index(content, copied):
     (copied / "model.safetensors").unlink()
     write(copied / "model.safetensors.index.json", content)
     refused(lambda: Transformer.from_pretrained(copied), str(copied / "model.safetensors.index.json"))
@@ -392,7 +393,7 @@ def test_a_link_out_of_the_directory_is_refused(name, copied, tmp_path_factory):
     good.unlink()
     (copied / "here").write_bytes(outside.read_bytes())
     good.symlink_to("here")
-    both()  # a link that stays inside is none of our business
+    both()  # a link that stays inside is allowed
 
 
 def test_a_link_that_leads_nowhere_or_in_circles_is_a_file_that_is_absent(copied):
@@ -612,54 +613,17 @@ def test_any_settings_of_a_tokenizer_work_or_are_named(made, tmp_path_factory, n
                 works_or_names(lambda kind=kind: Codec.from_pretrained(path, prompt_format=kind), str(path))
 
 
-# ---- Tokenizers that abort, explode, or make tokens that are none ---------------------------------------------------
+# ---- Tokenizers that do not load, or set lengths --------------------------------------------------------------------
 
 
-def replaced(pattern: dict, content: str) -> dict:
-    return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def in_front(times: int, ids: list[int]) -> dict:
-    """A post-processor that puts a special token of these ids in front of the text, so many times."""
-    name = data.tokenizer.END
-    return {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": name, "type_id": 0}}] * times + [{"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {name: {"id": name, "ids": ids, "tokens": [name] * len(ids)}},
-    }
-
-
-SHORT = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-GROWING = [replaced({"String": "e"}, "e" * 10)] * 9
-BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-
-
-@pytest.mark.parametrize(
-    "rules",
-    [
-        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
-        {"normalizer": replaced({"String": ""}, "x")},
-        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////////////////////w=="}},
-        {"normalizer": {"type": "Sequence", "normalizers": GROWING}},
-        {"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}},
-        {"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}, "truncation": SHORT},
-        {"decoder": {"type": "Sequence", "decoders": [BYTES] + [replaced({"Regex": "."}, "x" * 10)] * 9}},
-        {"post_processor": in_front(20_000, [0] * 5000)},
-        {"post_processor": in_front(1, [999_999])},
-        {"post_processor": {"type": "BertProcessing", "sep": ["x", 4_000_000_000], "cls": ["y", 0]}},
-        {"model": {"type": "WordLevel", "vocab": {data.tokenizer.END: 0}, "unk_token": "nope"}},
-    ],
-    ids=lambda rules: str(rules)[:40],
-)
-def test_a_tokenizer_that_does_not_work_is_one_line(tmp_path, capfd, rules):
+@pytest.mark.parametrize("rules", ["AAAA", "/////////////////////w=="])
+def test_a_tokenizer_at_which_the_library_panics_is_one_line(tmp_path, rules):
     good = json.loads(data.tokenizer.train_tokenizer(["hello world"], 300).to_str())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(good | rules))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer that works \((raised|ended|took)") as error:
+    normalizer = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": rules}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good | normalizer))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer that works \(Precompiled") as error:
         data.tokenizer.read_tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(error.value)
-    assert capfd.readouterr().err == ""  # none of the library's panic, either
     (tmp_path / "tokenizer.json").write_text(json.dumps(good))
     assert data.tokenizer.read_tokenizer(tmp_path / "tokenizer.json").encode("hello").ids
 

@@ -21,16 +21,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_rollout import PROMPTS, random_model
-from test_run import config, lines, weights
+from test_run import begin, config, lines, weights
 
 import rollout
-import run
+import run.checkpoint
 import sasr
 from data import chat
+from data.batch import Batch
 from data.chat import ChatTemplate
 from data.isolated import IsolatedVerifier
 from data.task import Example
-from run import Fault, RunFolder
+from run.checkpoint import SUMS, RunFolder, named_tensors, remove, sha256
+from run.lifecycle import Fault, Run
+from run.setup import load_tasks
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 DYING = """
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
-import run, rollout, sasr
+import rollout, run.checkpoint, sasr
 import torch
 from data import Grade, knights_knaves
 
@@ -68,11 +71,11 @@ def dies(owner, name):
 places = {{
     "rollout": (rollout.Sampler, "_step"),
     "optimizer": (torch.optim.AdamW, "step"),
-    "metrics": (run.RunFolder, "log"),
-    "tensors": (run, "save_file"),
-    "flush": (run, "_flush"),
+    "metrics": (run.checkpoint.RunFolder, "log"),
+    "tensors": (run.checkpoint, "save_file"),
+    "flush": (run.checkpoint, "flush"),
     "rename": (os, "rename"),
-    "rmtree": (run.shutil, "rmtree"),
+    "rmtree": (run.checkpoint.shutil, "rmtree"),
 }}
 if event:
     dies(*places[event])
@@ -166,7 +169,7 @@ def test_killed_at_random_points_a_run_ends_as_if_nothing_had_happened(tmp_path,
 
 def two_checkpoints(out: Path) -> RunFolder:
     folder = RunFolder(out)
-    folder.create({})
+    begin(folder)
     for value in (1.0, 2.0):
         folder.save_checkpoint({"w": torch.full((50,), value)}, {"value": value})
     return folder
@@ -182,16 +185,16 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", run.SUMS])
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", SUMS])
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink, lambda file: file.write_bytes(b"foreign")])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, capsys, name, damage):
     folder = two_checkpoints(tmp_path / "run")
     damage(tmp_path / "run/checkpoint" / name)
     checkpoint = folder.find_checkpoint()
     assert (checkpoint.tensors()["w"][0], checkpoint.state["value"]) == (1, 1)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert str(tmp_path / "run/checkpoint") in said
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert str(tmp_path / "run/checkpoint") in err
     damage(tmp_path / "run/checkpoint.old" / name)
     with pytest.raises(ValueError, match="checkpoint cannot be used") as error:
         folder.find_checkpoint()
@@ -211,7 +214,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_that_is_whole(tmp
 
 def test_checksums_are_those_of_sha256sum(tmp_path):
     two_checkpoints(tmp_path / "run")
-    done = subprocess.run(["sha256sum", "-c", run.SUMS], cwd=tmp_path / "run/checkpoint", check=False)
+    done = subprocess.run(["sha256sum", "-c", SUMS], cwd=tmp_path / "run/checkpoint", check=False)
     assert done.returncode == 0
 
 
@@ -220,7 +223,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch, room: int):
         self.room = room
-        original = run.save_file
+        original = run.checkpoint.save_file
 
         def save_file(tensors, path):
             size = sum(tensor.nbytes for tensor in tensors.values())
@@ -230,13 +233,13 @@ class FullDisk:
             self.room -= size
             original(tensors, path)
 
-        monkeypatch.setattr(run, "save_file", save_file)
+        monkeypatch.setattr(run.checkpoint, "save_file", save_file)
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_the_last_checkpoint_intact(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     arguments = flags_of(out)
-    size = sum(t.nbytes for t in sasr.Trainer(config(tmp_path / "unused")).tensors().values())
+    size = sum(t.nbytes for t in named_tensors(sasr.Trainer(config(tmp_path / "unused"))).values())
     with monkeypatch.context() as patch:
         FullDisk(patch, 4 * size)  # the first checkpoints have moments, so one fits, or two
         assert sasr.main(arguments) == 1
@@ -273,7 +276,7 @@ def test_scores_are_shown_although_they_cannot_be_written(tmp_path, monkeypatch,
     def full_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(RunFolder, "_write", full_disk)
+    monkeypatch.setattr(RunFolder, "write", full_disk)
     task = config(tmp_path).task
     arguments = ["--eval-only", "--model", str(tmp_path / "x/model"), "--task", task, "--out", str(tmp_path / "y")]
     assert sasr.main([*arguments, "--eval-examples", "4", "--device", "cpu"]) == 1
@@ -295,8 +298,8 @@ def test_nothing_that_lies_in_the_folder_is_overwritten(tmp_path, capsys, name):
         ["--eval-only", "--model", model, "--device", "cpu", "--out", str(tmp_path / "run")],
     ):
         assert sasr.main(arguments) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert said == f"sasr.py: --out {tmp_path / 'run'} is not empty, it holds {name.split('/')[0]}; name another"
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line == f"sasr.py: --out {tmp_path / 'run'} is not empty, it holds {name.split('/')[0]}; name another"
     assert mine.read_text() == "mine"
 
 
@@ -305,7 +308,7 @@ def test_a_link_in_the_way_is_put_away_and_what_it_leads_to_stays(tmp_path, name
     folder = two_checkpoints(tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("mine")
-    run.remove(folder.path / name)
+    remove(folder.path / name)
     (folder.path / name).symlink_to(tmp_path / "mine")
     for value in (3, 4, 5):
         folder.save_checkpoint({"w": torch.ones(1)}, {"value": value})
@@ -316,7 +319,7 @@ def test_a_link_in_the_way_is_put_away_and_what_it_leads_to_stays(tmp_path, name
 
 def test_half_a_line_of_the_metrics_is_taken_back(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
-    folder.create({})
+    begin(folder)
     folder.log({"step": 1})
 
     class Small:
@@ -347,10 +350,10 @@ def test_half_a_line_of_the_metrics_is_taken_back(tmp_path, monkeypatch):
 
 def test_only_one_process_trains_into_a_folder(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.create({})
+    begin(folder)
     with folder.locked():
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run\n"
-        code += f"with run.RunFolder({str(tmp_path)!r}).locked(): pass"
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run.checkpoint\n"
+        code += f"with run.checkpoint.RunFolder({str(tmp_path)!r}).locked(): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
         assert f"process {os.getpid()} is writing into this folder" in done.stderr
     with folder.locked():  # given back
@@ -362,20 +365,31 @@ def test_only_one_process_trains_into_a_folder(tmp_path):
 
 def test_a_step_that_is_not_finite_is_dropped_and_counted(tmp_path, monkeypatch):
     trainer = sasr.Trainer(config(tmp_path / "x"))
-    trainer.step()
-    trainer.state.step += 1
+    trainer.state.finish_step(trainer.step(), 0.0)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     norm = trainer.controller.g_last
     original = sasr.accumulate_gradient
     for bad in ({"loss": math.nan}, {"grad_norm": math.inf}):
         with monkeypatch.context() as patch:
             patch.setattr(sasr, "accumulate_gradient", lambda *args, bad=bad: original(*args) | bad)
-            trainer.step()
+            with pytest.raises(sasr.BadStep, match="loss or gradient not finite"):
+                trainer.step()
         assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     assert trainer.controller.g_last == norm
-    assert (trainer.state.bad_steps, trainer.state.bad_in_a_row) == (2, 2)
-    trainer.step()
-    assert (trainer.state.bad_steps, trainer.state.bad_in_a_row) == (2, 0)
+
+    # In a run, the second and the third step are such.
+    results = iter([{}, {"loss": math.nan}, {"grad_norm": math.inf}])
+    counts, log = [], Run.log
+    monkeypatch.setattr(sasr, "accumulate_gradient", lambda *args: original(*args) | next(results, {}))
+
+    def spy(self, scores):
+        counts.append((self.trainer.state.bad_steps, self.trainer.state.bad_in_a_row))
+        log(self, scores)
+
+    monkeypatch.setattr(Run, "log", spy)
+    assert sasr.train(config(tmp_path / "x", steps=0))["bad_steps"] == 2
+    assert counts[1:] == [(0, 0), (1, 1), (2, 2), (2, 0)]  # the first is before any step
+    assert [record["grad_norm"] is None for record in lines(tmp_path / "x")] == [False, True, True, False]
 
 
 def test_a_warmup_of_which_every_step_is_dropped_leaves_the_yardstick_to_a_probe(tmp_path, monkeypatch, capsys):
@@ -393,13 +407,13 @@ def test_a_warmup_of_which_every_step_is_dropped_leaves_the_yardstick_to_a_probe
     assert summary["g_warmup"] > 0
     monkeypatch.setattr(sasr, "accumulate_gradient", lambda *arguments: original(*arguments) | {"grad_norm": math.nan})
     assert sasr.main([*flags_of(tmp_path / "y"), "--warmup-steps", "2"]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "step 3: no SFT gradient before it was finite, so p_t has no yardstick; its batch is in" in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "step 3: no SFT gradient before it was finite, so p_t has no yardstick; its batch is in" in line
 
 
 @pytest.mark.parametrize("controller", ["sft", "grpo"])
 def test_too_many_bad_steps_stop_the_run_and_keep_the_batch(tmp_path, monkeypatch, capsys, controller):
-    original = sasr.Trainer.between_steps
+    original = sasr.after_step
 
     def poisoned(trainer):
         if trainer.state.step == 6:
@@ -407,7 +421,7 @@ def test_too_many_bad_steps_stop_the_run_and_keep_the_batch(tmp_path, monkeypatc
                 trainer.model.head.fill_(math.nan)
         return original(trainer)
 
-    monkeypatch.setattr(sasr.Trainer, "between_steps", poisoned)
+    monkeypatch.setattr(sasr, "after_step", poisoned)
     out = tmp_path / "run"
     arguments = [*flags_of(out), "--controller", controller, "--max-bad-steps", "3", "--eval-every", "0"]
     assert sasr.main(arguments) == 1
@@ -423,9 +437,9 @@ def test_too_many_bad_steps_stop_the_run_and_keep_the_batch(tmp_path, monkeypatc
 
 
 def test_logits_that_are_no_numbers_still_give_tokens_of_the_vocabulary():
-    noise = torch.full((3,), 0.5)
+    uniform = torch.full((3,), 0.5)
     logits = torch.stack([torch.zeros(7), torch.full((7,), math.nan), torch.full((7,), -math.inf)])
-    tokens, logprobs = rollout.draw(logits, noise, rollout.SamplingParams(4))
+    tokens, logprobs = rollout.sample_tokens(logits, uniform, rollout.SamplingParams(4))
     assert ((tokens >= 0) & (tokens < 7)).all()
     assert logprobs.isfinite().tolist() == [True, False, False]
 
@@ -446,10 +460,9 @@ def test_out_of_memory_in_the_update_halves_the_micro_batch_and_gives_the_same_s
     monkeypatch.setattr(sasr, "completion_logprobs", scarce)
     for trainer in (whole, cut):
         for _ in range(8):
-            trainer.step()
-            trainer.state.step += 1
-            trainer.between_steps()
-    assert 0 < cut.config.tokens_per_microbatch <= limit
+            trainer.state.finish_step(trainer.step(), 0.0)
+            sasr.after_step(trainer)
+    assert 0 < cut.budget.tokens <= limit
     for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -465,7 +478,7 @@ def test_out_of_memory_with_a_single_sequence_is_an_error(tmp_path, monkeypatch)
         trainer.step()
 
 
-def test_out_of_memory_in_the_rollout_shrinks_the_wave_and_draws_the_same(monkeypatch):
+def test_out_of_memory_in_the_rollout_shrinks_the_chunk_and_draws_the_same(monkeypatch):
     model, params = random_model(), rollout.SamplingParams(12)
     expected = rollout.generate(model, PROMPTS, params, group_size=4, generator=torch.Generator().manual_seed(3))
     original = rollout.Sampler.__init__
@@ -478,7 +491,7 @@ def test_out_of_memory_in_the_rollout_shrinks_the_wave_and_draws_the_same(monkey
     monkeypatch.setattr(rollout.Sampler, "__init__", scarce)
     found = rollout.generate(model, PROMPTS, params, group_size=4, generator=torch.Generator().manual_seed(3))
     assert found.completions == expected.completions
-    assert found.waves > expected.waves
+    assert found.chunks > expected.chunks
 
 
 # ---- Rewards ---------------------------------------------------------------------------------------------------------
@@ -542,10 +555,10 @@ def test_a_reward_that_fails_is_reported_with_its_completion_and_counted(reward_
     assert (grade.reward, grade.correct, verify.failures) == (-1, False, 1)
     assert verify("fine", EXAMPLE).reward == 4  # and the next one is served
     assert time.monotonic() - started < 20
-    said = capsys.readouterr().err
-    assert reason in said
-    assert f"{completion!r}" in said
-    assert said.count("it counts as -1") == 1
+    err = capsys.readouterr().err
+    assert reason in err
+    assert f"{completion!r}" in err
+    assert err.count("it counts as -1") == 1
 
 
 HOLDING = """
@@ -643,8 +656,8 @@ def test_failures_are_counted_in_metrics_and_summary(tmp_path, capsys):
     assert 0 < sum(counts) < 6 * len(counts)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["reward_failures"] > sum(counts)  # evaluations, too
-    said = capsys.readouterr().out
-    assert f"completions for which the verifier failed: {summary['reward_failures']}\n" in said
+    stdout = capsys.readouterr().out
+    assert f"completions for which the verifier failed: {summary['reward_failures']}\n" in stdout
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {len(s["completion"]) % 2 == 1 for s in samples if s["split"] == "test" and s["failed"]} == {True}
 
@@ -653,10 +666,10 @@ def test_a_reward_that_always_fails_stops_the_run(tmp_path, capsys):
     (tmp_path / "reward.py").write_text("def reward(completion, example):\n    return completion.length\n")
     arguments = ["--reward", f"{tmp_path / 'reward.py'}:reward", "--controller", "grpo", "--max-bad-steps", "2"]
     assert sasr.main([*flags_of(tmp_path / "run"), *arguments]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert "step 5 is dropped: the verifier failed for every completion (bad steps so far: 1)" in said
-    assert said[-1].startswith("sasr.py: step 6: the verifier failed for every completion (bad steps in a row: 2)")
-    assert "'str' object has no attribute 'length'" in "".join(said)
+    errors = capsys.readouterr().err.splitlines()
+    assert "step 5 is dropped: the verifier failed for every completion (bad steps so far: 1)" in errors
+    assert errors[-1].startswith("sasr.py: step 6: the verifier failed for every completion (bad steps in a row: 2)")
+    assert "'str' object has no attribute 'length'" in "".join(errors)
 
 
 def test_a_reward_that_does_not_load_in_time_is_named(tmp_path, monkeypatch):
@@ -666,10 +679,10 @@ def test_a_reward_that_does_not_load_in_time_is_named(tmp_path, monkeypatch):
         isolated(f"{tmp_path / 'reward.py'}:f")
 
 
-def test_a_reward_replaces_the_puzzles_verifier_and_so_their_sibling(tmp_path, reward_file):
+def test_a_reward_replaces_the_puzzles_verifier_and_so_the_harder_variant(tmp_path, reward_file):
     plain = sasr.Config(device="cpu")
-    assert sasr.load_tasks(plain)[2] is not None
-    assert sasr.load_tasks(dataclasses.replace(plain, reward=reward_file))[2] is None
+    assert load_tasks(plain)[2] is not None
+    assert load_tasks(dataclasses.replace(plain, reward=reward_file))[2] is None
 
 
 def test_a_reward_may_be_asked_to_stop_the_run(reward_file):
@@ -695,18 +708,18 @@ def test_a_reward_of_the_users_trains(tmp_path, reward_file):
     assert all(record["reward_mean"] > 4 for record in lines(out) if record["kind"] == "grpo")
 
 
-# ---- What is said ----------------------------------------------------------------------------------------------------
+# ---- Messages --------------------------------------------------------------------------------------------------------
 
 
 def test_a_fault_is_one_line_and_exit_code_1_and_debug_shows_where(tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise ZeroDivisionError("what nobody thought of")
 
-    monkeypatch.setattr(sasr.Trainer, "sft_step", broken)
+    monkeypatch.setattr(sasr, "sft_step", broken)
     assert sasr.main(flags_of(tmp_path / "a")) == 1
-    said = capsys.readouterr().err
-    assert "sasr.py: ZeroDivisionError: what nobody thought of (--debug shows where)" in said
-    assert "Traceback" not in said
+    err = capsys.readouterr().err
+    assert "sasr.py: ZeroDivisionError: what nobody thought of (--debug shows where)" in err
+    assert "Traceback" not in err
     assert sasr.main([*flags_of(tmp_path / "b"), "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -715,8 +728,7 @@ def test_a_fault_names_itself(tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise Fault("the sky is falling")
 
-    monkeypatch.setattr(sasr.Trainer, "sft_step", broken)
-    monkeypatch.setattr(sasr.Trainer, "inspection", lambda self: {})
+    monkeypatch.setattr(sasr, "sft_step", broken)
     assert sasr.main(flags_of(tmp_path / "a")) == 1
     assert "the sky is falling" in capsys.readouterr().err
 
@@ -739,8 +751,10 @@ def test_a_vocabulary_of_one_token_has_one_thing_to_say():
     drawn = rollout.generate(model, [[0], [0, 0]], rollout.SamplingParams(3), group_size=2)
     assert drawn.completions == [[0, 0, 0]] * 4
     assert all(logprob == 0 for row in drawn.logprobs for logprob in row)
-    batch = sasr.Batch([[0]], [[0, 0]])
-    stats = sasr.accumulate_gradient(model.requires_grad_(), batch, sasr.sft_objective, sasr.Config())
+    batch = Batch([[0]], [[0, 0]], advantages=torch.zeros(1))
+    stats = sasr.accumulate_gradient(model.requires_grad_(), batch, sasr.sft_objective, sasr.Config(), 100)
+    assert (stats["loss"], stats["grad_norm"]) == (0, 0)
+    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, sasr.Config(), 100)
     assert (stats["loss"], stats["grad_norm"], stats["entropy"]) == (0, 0, 0)
 
 
@@ -761,8 +775,8 @@ def test_an_empty_demonstration_teaches_to_stop(tmp_path):
     arguments = [*flags_of(tmp_path / "run"), "--task", "jsonl", "--data", str(tmp_path), "--ood-task", "none"]
     assert sasr.main(arguments) == 2  # a demonstration without text is most likely a mistake
     trainer = sasr.Trainer(config(tmp_path / "x"))
-    batch = sasr.Batch([[1, 2]], [list(trainer.codec.stop_token_ids)])
-    stats = sasr.accumulate_gradient(trainer.model, batch, sasr.sft_objective, trainer.config)
+    batch = Batch([[1, 2]], [list(trainer.codec.stop_token_ids)])
+    stats = sasr.accumulate_gradient(trainer.model, batch, sasr.sft_objective, trainer.config, 100)
     assert 0 < stats["grad_norm"] < math.inf
 
 
@@ -780,7 +794,7 @@ def test_a_run_that_goes_on_has_no_summary_until_it_is_finished_again(tmp_path, 
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(sasr.Trainer, "adaptive_step", broken)
+        patch.setattr(sasr, "adaptive_step", broken)
         with pytest.raises(ZeroDivisionError):
             sasr.resume(tmp_path / "x", {"steps": 6})
     assert not (tmp_path / "x/summary.json").exists()
@@ -859,8 +873,8 @@ def test_a_long_conversation_is_no_explosion_and_a_page_for_a_word_is_one():
     marked = (
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
     )
-    said = [{"role": "user", "content": "ok"}] * 2000
-    assert template(marked).render([said], add_generation_prompt=True)[0].count("ok") == 2000
+    conversation = [{"role": "user", "content": "ok"}] * 2000
+    assert template(marked).render([conversation], add_generation_prompt=True)[0].count("ok") == 2000
     with pytest.raises(ValueError, match="makes 30000 characters of a conversation of 1"):
         template("{{ 'x' * 30000 }}").render(ASKED, add_generation_prompt=True)
 
@@ -872,25 +886,25 @@ def test_a_template_of_novel_length_is_refused():
 
 def test_many_conversations_are_rendered_in_order():
     asked = [[{"role": "user", "content": str(i)}] for i in range(2500)]
-    said = template("{{ messages[0].content }}").render(asked, add_generation_prompt=True)
-    assert said == [str(i) for i in range(2500)]
+    texts = template("{{ messages[0].content }}").render(asked, add_generation_prompt=True)
+    assert texts == [str(i) for i in range(2500)]
 
 
 def test_threads_that_render_at_once_get_their_own_answers():
-    said = {}
+    rendered = {}
 
     def ask(name):
         for _ in range(30):
             asked = [[{"role": "user", "content": name}]]
             texts = template("{{ messages[0].content }}").render(asked, add_generation_prompt=True)
-            said.setdefault(name, set()).update(texts)
+            rendered.setdefault(name, set()).update(texts)
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in "abc"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert said == {name: {name} for name in "abc"}
+    assert rendered == {name: {name} for name in "abc"}
 
 
 # ---- A run's folder of a stranger ------------------------------------------------------------------------------------
@@ -961,8 +975,8 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_nothing_is_written(stopped_
     folder = with_checkpoint(stopped_run, tmp_path / "run", change)
     before = {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()}
     assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"sasr.py: {folder.path / 'checkpoint'} does not fit this run: ")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"sasr.py: {folder.path / 'checkpoint'} does not fit this run: ")
     assert {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()} == before
 
 
@@ -977,8 +991,8 @@ def test_a_checkpoint_with_an_impossible_length_of_the_metrics_is_not_used(stopp
 
 
 def resum(folder: Path) -> None:
-    sums = [f"{run._sha256(folder / name)}  {name}\n" for name in ("state.json", "tensors.safetensors")]
-    (folder / run.SUMS).write_text("".join(sums))
+    sums = [f"{sha256(folder / name)}  {name}\n" for name in ("state.json", "tensors.safetensors")]
+    (folder / SUMS).write_text("".join(sums))
 
 
 @pytest.mark.parametrize(
@@ -989,8 +1003,8 @@ def test_a_checkpoint_of_garbage_with_valid_sums_is_one_line(stopped_run, tmp_pa
     (folder.path / "checkpoint" / name).write_bytes(content)
     resum(folder.path / "checkpoint")
     assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"sasr.py: {folder.path / 'checkpoint'}")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"sasr.py: {folder.path / 'checkpoint'}")
 
 
 def test_a_link_for_a_lock_changes_nothing_elsewhere(tmp_path, capsys):
@@ -1007,7 +1021,7 @@ def test_a_link_in_a_runs_folder_changes_nothing_elsewhere(stopped_run, tmp_path
     shutil.copytree(stopped_run, tmp_path / "run")
     (tmp_path / "mine").write_text("mine")
     link = tmp_path / "run" / name
-    run.remove(link)
+    remove(link)
     link.symlink_to(tmp_path / "mine")
     assert sasr.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 2
     assert capsys.readouterr().err.startswith(f"sasr.py: {link}: a link, or no plain file")

@@ -21,15 +21,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_sasr import ragged_batch, tiny_model, tokens_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
+import run.evaluation
+import run.memory
+import run.setup
 import sasr
 from data import Example, Grade, Task
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
 from model import ModelConfig, Transformer
-from sasr import Config, Setting, Trainer, memory_plan
+from rollout import Rollout
+from run.checkpoint import save_model
+from run.config import PRESETS
+from run.evaluation import kl_to_reference
+from run.memory import activation_bytes, memory_plan
+from run.report import Progress, dropped_report, headline
+from run.setup import Setup
+from sasr import Config, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,7 +55,7 @@ QWEN2_WORDS = (  # transformers takes this one for every Qwen2, whatever its tok
     r"\s+(?!\S)|\s+"
 )
 
-# What a person says to train for a moment.
+# Flags that train for a moment.
 FEW = {
     "ood_task": "none",
     "warmup_steps": 2,
@@ -183,10 +194,10 @@ def number_after_marker(text):
 
 def exact_records(answers):
     """A third of the records ask for what the model says anyway."""
-    spoken = [text.strip() or "silence" for text in answers]
+    answer_texts = [text.strip() or "silence" for text in answers]
     return [
-        {"prompt": q, "answer": said if i % 3 == 0 else "Paris"}
-        for i, (q, said) in enumerate(zip(QUESTIONS, spoken, strict=True))
+        {"prompt": q, "answer": text if i % 3 == 0 else "Paris"}
+        for i, (q, text) in enumerate(zip(QUESTIONS, answer_texts, strict=True))
     ]
 
 
@@ -234,10 +245,10 @@ def test_a_score_is_what_a_script_on_transformers_computes(
     assert [sample["prompt"] for sample in samples] == QUESTIONS
     assert summary["accuracy"] == pytest.approx(sum(expected) / len(expected), abs=1e-12)
     assert summary["accuracy_low"] < summary["accuracy"] < summary["accuracy_high"]
-    shown = capsys.readouterr().out
-    assert re.search(rf"^accuracy +{summary['accuracy']:.1%}   {summary['accuracy_low']:.1%} to", shown, re.M)
-    assert f"{task}, 12 {split} examples" in shown
-    assert str(tmp_path / "out") in shown
+    stdout = capsys.readouterr().out
+    assert re.search(rf"^accuracy +{summary['accuracy']:.1%}   {summary['accuracy_low']:.1%} to", stdout, re.M)
+    assert f"{task}, 12 {split} examples" in stdout
+    assert str(tmp_path / "out") in stdout
 
 
 def gsm8k_prompt(question):
@@ -249,14 +260,14 @@ def gsm8k_prompt(question):
 def test_both_readings_of_gsm8k_are_what_a_script_on_transformers_computes(checkpoint, greedy_answer, tmp_path, capsys):
     questions = [f"{q} Ann has {i}." for i in range(2) for q in QUESTIONS]
     texts = [greedy_answer(gsm8k_prompt(question), "raw", 16) for question in questions]
-    spoken = [(number_after_marker(text), last_number_of(text)) for text in texts]
-    wanted = [(strict if i % 2 else last) or 5 for i, (strict, last) in enumerate(spoken)]
+    numbers = [(number_after_marker(text), last_number_of(text)) for text in texts]
+    wanted = [(strict if i % 2 else last) or 5 for i, (strict, last) in enumerate(numbers)]
     wanted = [number if i % 3 else 987654 for i, number in enumerate(wanted)]
     records = [
         {"question": q, "answer": f"So <<1+1=2>>it is.\n#### {n:,}"} for q, n in zip(questions, wanted, strict=True)
     ]
     write_jsonl(tmp_path / "data/test.jsonl", records)
-    strict, flexible = ([pair[k] == n for pair, n in zip(spoken, wanted, strict=True)] for k in (0, 1))
+    strict, flexible = ([pair[k] == n for pair, n in zip(numbers, wanted, strict=True)] for k in (0, 1))
     assert 0 < sum(strict) < sum(flexible) < len(records), "the case should show all kinds"
     arguments = flags(model=checkpoint, task="gsm8k", data=tmp_path / "data", max_new_tokens=16)
     summary, samples = evaluate(tmp_path, *arguments)
@@ -282,18 +293,30 @@ def test_pass_at_k_can_be_computed_again_from_the_samples(checkpoint, tmp_path, 
         if sample["sample"]:  # 0 is the greedy one
             drawn[sample["index"]].append((sample["sample"], sample["correct"]))
     assert [number for number, _ in drawn[0]] == [1, 2, 3, 4, 5]
-    shown = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     for k in (1, 2, 4):
         chances = []
         for outcomes in drawn.values():
             subsets = list(itertools.combinations([correct for _, correct in outcomes], k))
             chances.append(sum(map(any, subsets)) / len(subsets))
         assert summary[f"pass@{k}"] == pytest.approx(sum(chances) / len(chances), abs=1e-9)
-        assert re.search(rf"^pass@{k} +{summary[f'pass@{k}']:.1%}", shown, re.M)
+        assert re.search(rf"^pass@{k} +{summary[f'pass@{k}']:.1%}", stdout, re.M)
     assert "pass@8" not in summary
     assert 0 < summary["pass@1"] < summary["pass@4"], "the case should show some of each"
     completions = {s["completion"] for s in samples if s["index"] == 0 and s["sample"]}
     assert len(completions) > 1
+
+
+def test_the_kl_to_the_reference_is_the_mean_over_the_completion_tokens():
+    model, reference, batch = tiny_model(0), tiny_model(1), ragged_batch()
+    total = 0.0
+    for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
+        p, q = (m.logits(m(torch.tensor([prompt + completion])))[0].log_softmax(-1) for m in (model, reference))
+        kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        total += kl[len(prompt) - 1 : -1].sum().item()
+    found = kl_to_reference(model, reference, batch, 30)
+    assert found == pytest.approx(total / tokens_of(batch))
+    assert kl_to_reference(model, model, batch, 2048) == pytest.approx(0, abs=1e-12)
 
 
 # ---- What does not fit -----------------------------------------------------------------------------------------------
@@ -305,10 +328,15 @@ def byte_codec():
 
 def trainer_on(task, codec, monkeypatch, **changes):
     """A trainer of a small model on a task made here; a token is a byte."""
-    monkeypatch.setattr(sasr, "load_tasks", lambda config: (task, task, None))
-    monkeypatch.setattr(sasr.Codec, "trained_on", lambda texts, size: codec)
+    monkeypatch.setattr(run.setup, "load_tasks", lambda config: (task, task, None))
+    monkeypatch.setattr(run.setup.Codec, "trained_on", lambda texts, size: codec)
     few = {"hidden_size": 16, "layers": 1, "heads": 1, "warmup_steps": 0, "controller": "grpo"}
     return Trainer(Config(**(FEW | few | changes)))
+
+
+def rewards_of(trainer, completions, chosen):
+    rollout = Rollout(completions, [[0.0] * len(ids) for ids in completions], [True] * len(completions))
+    return sasr.compute_rewards(trainer, rollout, chosen, {})
 
 
 def echo_task():
@@ -328,16 +356,16 @@ def echo_task():
 
 
 def test_many_samples_are_drawn_a_few_at_a_time_and_stay_with_their_prompt(monkeypatch):
-    monkeypatch.setattr(sasr, "EVAL_ROWS", 3)
+    monkeypatch.setattr(run.evaluation, "EVAL_ROWS", 3)
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch, max_prompt_tokens=20, eval_samples=7)
     sizes = []
 
     def generate(model, prompts, params, group_size=1, **_):
         sizes.append(group_size)
-        return sasr.Rollout([[70 + len(sizes), *prompt[:1]] for prompt in prompts for _ in range(group_size)], [], [])
+        return Rollout([[70 + len(sizes), *prompt[:1]] for prompt in prompts for _ in range(group_size)], [], [])
 
-    monkeypatch.setattr(sasr, "generate", generate)
-    trainer.evaluate()
+    monkeypatch.setattr(run.evaluation, "generate", generate)
+    run.evaluation.evaluate(trainer)
     assert sizes == [1, 3, 3, 1, 3, 3, 1]  # greedy answers to both prompts that fit, then 7 samples to each
     assert [sum(answer["index"] == i for answer in trainer.answers) for i in range(4)] == [8] * 4
 
@@ -348,41 +376,41 @@ def test_rewards_go_to_the_example_of_their_prompt_although_some_were_dropped(mo
     assert [example.answer for example in trainer.task.train] == ["a", "c", "e"]
     for prompt, example in zip(trainer.task.train_prompts, trainer.task.train, strict=True):
         assert codec.decode([prompt]) == [example.prompt]
-    spoken = [[*codec.encode(letter), *codec.stop_token_ids] for letter in ("c", "a", "e", "c", "e", "a")]
-    rewards, _ = trainer._rewards(spoken, [1, 2])  # of the prompts c and e, three completions each
+    completions = [[*codec.encode(letter), *codec.stop_token_ids] for letter in ("c", "a", "e", "c", "e", "a")]
+    rewards = rewards_of(trainer, completions, [1, 2])  # of the prompts c and e, three completions each
     assert rewards.tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
 def test_each_kind_of_loss_is_told(monkeypatch):
     limits = {"max_prompt_tokens": 20, "max_demonstration_tokens": 8, "eval_examples": 3}
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch, **limits)
-    assert sasr.left_out(trainer.setting) == [
+    assert dropped_report(trainer) == [
         "dropped 3 prompts of echo that are too long",
         "dropped 4 demonstrations of echo that are too long, or whose prompts are",
         "1 test prompts are too long and count as wrong answers",
     ]
-    assert "dropped 3 prompts of echo" in sasr.headline(trainer, Path("x"))
+    assert "dropped 3 prompts of echo" in headline(trainer, Path("x"))
     limits["eval_examples"] = 4
     assert (
         "2 test prompts are too long"
-        in sasr.left_out(trainer_on(echo_task(), byte_codec(), monkeypatch, **limits).setting)[-1]
+        in dropped_report(trainer_on(echo_task(), byte_codec(), monkeypatch, **limits))[-1]
     )
-    assert sasr.left_out(trainer_on(echo_task(), byte_codec(), monkeypatch).setting) == []
+    assert dropped_report(trainer_on(echo_task(), byte_codec(), monkeypatch)) == []
 
 
 def test_prompts_that_do_not_fit_are_wrong_answers_whatever_the_verifier_says(monkeypatch):
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch, max_prompt_tokens=20, eval_samples=2)
     monkeypatch.setattr(
-        sasr,
+        run.evaluation,
         "generate",
-        lambda model, prompts, params, group_size=1, **_: sasr.Rollout([[70]] * len(prompts) * group_size, [], []),
+        lambda model, prompts, params, group_size=1, **_: Rollout([[70]] * len(prompts) * group_size, [], []),
     )
-    scores = trainer.evaluate()
+    scores = run.evaluation.evaluate(trainer)
     assert scores["accuracy"] == scores["pass@1"] == scores["pass@2"] == 0.5
-    said = [(a["index"], a["sample"], bool(a["completion"]), a["reward"], a["correct"]) for a in trainer.answers]
+    found = [(a["index"], a["sample"], bool(a["completion"]), a["reward"], a["correct"]) for a in trainer.answers]
     fits = {0: True, 1: False, 2: True, 3: False}
     expected = [(i, s, fits[i], 1.0 if fits[i] else 0.0, fits[i]) for i in range(4) for s in (0, 1, 2)]
-    assert said == expected
+    assert found == expected
 
 
 def test_an_evaluation_in_which_no_prompt_fits_is_refused(monkeypatch):
@@ -390,13 +418,14 @@ def test_an_evaluation_in_which_no_prompt_fits_is_refused(monkeypatch):
     reason = "all 1 prompts to evaluate are too long (20 allowed beside 8 new)"
     with pytest.raises(ValueError, match=re.escape(reason)):
         trainer_on(task, byte_codec(), monkeypatch, max_prompt_tokens=20, eval_examples=1)
-    assert trainer_on(task, byte_codec(), monkeypatch, max_prompt_tokens=20).evaluate()["accuracy"] < 1
+    trainer = trainer_on(task, byte_codec(), monkeypatch, max_prompt_tokens=20)
+    assert run.evaluation.evaluate(trainer)["accuracy"] < 1
 
 
 def test_an_out_of_domain_task_without_examples_is_not_scored(monkeypatch):
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch)
     trainer.ood_task = TokenizedTask(dataclasses.replace(echo_task(), test=[]), trainer.codec)
-    scores = trainer.evaluate()
+    scores = run.evaluation.evaluate(trainer)
     assert "accuracy" in scores
     assert not any(name.endswith("_ood") for name in scores)
 
@@ -417,16 +446,22 @@ def records(tmp_path):
 
 def test_a_checkpoint_is_trained_from_the_command_line_and_resumed(checkpoint, records, tmp_path, capsys, monkeypatch):
     lines = []
-    said_before = sasr.Progress.say
-    monkeypatch.setattr(sasr.Progress, "say", lambda self, text: (lines.append(text), said_before(self, text)))
+    original = Progress.say
+    monkeypatch.setattr(Progress, "say", lambda self, text: (lines.append(text), original(self, text)))
     (records / "train.jsonl").write_text((records / "train.jsonl").read_text() + '{"prompt": "no answer"}\n')
     reward = tmp_path / "mine.py"
     reward.write_text("def by_length(completion, example):\n    return 10 + len(completion) % 3 / 4\n")
-    said = FEW | {"model": checkpoint, "prompt_format": "chat", "task": "jsonl", "data": records, "out": tmp_path / "x"}
-    said |= {"reward": f"{reward}:by_length", "controller": "alternate", "alternate": "0:1", "decay_fraction": 0.0}
-    assert sasr.main(flags(**said)) == 2
+    values = FEW | {
+        "model": checkpoint,
+        "prompt_format": "chat",
+        "task": "jsonl",
+        "data": records,
+        "out": tmp_path / "x",
+    }
+    values |= {"reward": f"{reward}:by_length", "controller": "alternate", "alternate": "0:1", "decay_fraction": 0.0}
+    assert sasr.main(flags(**values)) == 2
     assert "train.jsonl:7: the record lacks the field 'answer'" in capsys.readouterr().err
-    run_main(*flags(**said), "--skip-bad-lines")
+    run_main(*flags(**values), "--skip-bad-lines")
     told = "\n".join(lines)
     assert re.search(r"^skipped 1 bad record\(s\), the first: .*train.jsonl:7: ", told, re.M)
     assert f"rewards come from {reward}:by_length, which is run as a program" in told
@@ -452,8 +487,8 @@ def test_a_trained_checkpoint_is_saved_in_the_type_that_was_asked_for(
 
     config = Config(**FEW | {"model": str(checkpoint), "task": "jsonl", "data": str(records), "save_dtype": save_dtype})
     trainer = Trainer(dataclasses.replace(config, prompt_format="chat"))
-    trainer.sft_step()
-    trainer.save_model(tmp_path / "saved")
+    trainer.step()
+    save_model(trainer, tmp_path / "saved")
     tensors = load_file(tmp_path / "saved/model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {expected}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
@@ -480,7 +515,7 @@ def test_a_model_from_scratch_is_saved_in_fp32_unless_asked_otherwise(tmp_path):
     small = FEW | {"hidden_size": 16, "layers": 1, "heads": 1, "task": "countdown:train_size=8,test_size=2"}
     for kind, expected in (("same", torch.float32), ("bfloat16", torch.bfloat16)):
         trainer = Trainer(Config(**small, save_dtype=kind))
-        trainer.save_model(tmp_path / kind)
+        save_model(trainer, tmp_path / kind)
         assert {t.dtype for t in load_file(tmp_path / kind / "model.safetensors").values()} == {expected}
 
 
@@ -510,12 +545,12 @@ def test_logic_rl_gives_full_marks_to_a_model_whose_thinking_was_opened_for_it(c
 
     wrong = right.answer.replace("knight", "k").replace("knave", "knight").replace("a k\n", "a knave\n")
     wrong = wrong if not wrong.endswith("a k") else wrong[:-1] + "knave"
-    spoken = [completion(right.answer), completion(wrong), completion(other.answer), trainer.codec.encode("none")]
-    rewards, _ = trainer._rewards(spoken, [1, 2])
+    completions = [completion(right.answer), completion(wrong), completion(other.answer), trainer.codec.encode("none")]
+    rewards = rewards_of(trainer, completions, [1, 2])
     assert rewards[0, 0] == rewards[1, 0] == reward
     assert rewards[0, 1] == (-0.5 if opened else -3.0)
     assert rewards[1, 1] == -3.0
-    # A demonstration is learnt without what the prompt has already said.
+    # A demonstration is learnt without what already stands in the prompt.
     prompt, learnt = trainer.task.demonstrations[1]
     whole = trainer.codec.tokenizer.decode(prompt + learnt, skip_special_tokens=False)
     assert whole.count("<think>\n") == 1 + right.prompt.count("<think>\n")
@@ -525,9 +560,9 @@ def test_logic_rl_gives_full_marks_to_a_model_whose_thinking_was_opened_for_it(c
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sasr.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_configuration(name):
-    values = sasr.PRESETS[name]
+    values = PRESETS[name]
     assert set(values) <= {spec.name for spec in dataclasses.fields(Config)}
     config = Config(**values)
     for key, value in values.items():
@@ -554,7 +589,7 @@ def test_explicit_flags_override_a_preset(monkeypatch):
     sasr.main(["--preset", "gsm8k", "--lr", "3e-5", "--no-gradient-checkpointing", "--model", "x"])
     sasr.main(["--lr", "3e-5", "--preset", "gsm8k", "--no-gradient-checkpointing", "--model", "x"])
     plain, first, second = seen
-    assert plain == Config(**sasr.PRESETS["gsm8k"])
+    assert plain == Config(**PRESETS["gsm8k"])
     assert first == second
     assert first == dataclasses.replace(plain, lr=3e-5, gradient_checkpointing=False, model="x")
 
@@ -588,26 +623,29 @@ def test_a_preset_takes_a_step_on_ones_own_folder_and_model(checkpoint, tmp_path
 def test_a_preset_without_its_records_says_where_they_are_published(tmp_path, monkeypatch, capsys, preset, source):
     monkeypatch.chdir(tmp_path)
     assert sasr.main(["--preset", preset, "--device", "cpu"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith(f"sasr.py: {sasr.PRESETS[preset]['data']}: no such folder; it should have train.jsonl")
-    assert re.search(source, said)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith(f"sasr.py: {PRESETS[preset]['data']}: no such folder; it should have train.jsonl")
+    assert re.search(source, err)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_takes_no_preset(tmp_path, capsys):
     assert sasr.main(["--resume", str(tmp_path), "--preset", "gsm8k"]) == 2
-    said = capsys.readouterr().err
-    assert said == "sasr.py: --preset gsm8k: a resumed run keeps its values; name the flags to change\n"
+    err = capsys.readouterr().err
+    assert err == "sasr.py: --preset gsm8k: a resumed run keeps its values; name the flags to change\n"
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as end:
         sasr.main(["--preset", "gsm9k"])
     assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert "gsm9k" in said
-    assert all(name in said for name in sasr.PRESETS)
+    err = capsys.readouterr().err
+    assert "gsm9k" in err
+    assert all(name in err for name in PRESETS)
+
+
+GROUPS = {spec.metadata["group"] for spec in dataclasses.fields(Config)} - {""}  # of flags
 
 
 def test_help_fits_a_terminal_of_80_columns(monkeypatch, capsys):
@@ -615,10 +653,10 @@ def test_help_fits_a_terminal_of_80_columns(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         sasr.main(["--help"])
     assert end.value.code == 0
-    said = capsys.readouterr().out
-    assert max(map(len, said.splitlines())) <= 80
-    for word in ("--preset", "--dry-run", "--eval-only", "--resume", *sasr.PRESETS, *sasr.GROUPS.values()):
-        assert word in said
+    stdout = capsys.readouterr().out
+    assert max(map(len, stdout.splitlines())) <= 80
+    for word in ("--preset", "--dry-run", "--eval-only", "--resume", *PRESETS, *GROUPS):
+        assert word in stdout
 
 
 # ---- The plan of its memory ------------------------------------------------------------------------------------------
@@ -639,22 +677,22 @@ def test_a_dry_run_says_what_is_needed_and_touches_nothing(checkpoint, records, 
     weightless = shape_only(checkpoint, tmp_path / "model")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    said = FEW | {"model": weightless, "task": "jsonl", "data": records}
-    run_main("--dry-run", *flags(**said))
+    values = FEW | {"model": weightless, "task": "jsonl", "data": records}
+    run_main("--dry-run", *flags(**values))
     captured = capsys.readouterr()
     assert captured.err == ""
-    plan = memory_plan(Setting(Config(**{name: str(v) if isinstance(v, Path) else v for name, v in said.items()})))
+    plan = memory_plan(Setup(Config(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()})))
     for name, size in plan.items():
         assert re.search(rf"^{name} +{size / 1e9:.2f}$", captured.out, re.M)
     assert re.search(r"^fits into the [0-9.]+ GB that are free now$", captured.out, re.M)
     assert "completions of up to 8; 2048 tokens a micro-batch" in captured.out
     assert not list((tmp_path / "here").iterdir())
-    monkeypatch.setattr(sasr, "free_memory", lambda device: 1000.0)
-    run_main("--dry-run", *flags(**said))
+    monkeypatch.setattr(run.memory, "free_memory", lambda device: 1000.0)
+    run_main("--dry-run", *flags(**values))
     refused = capsys.readouterr().out
     assert "does NOT fit into the 0.0 GB" in refused
     assert "--gradient-checkpointing" in refused
-    assert sasr.main(flags(**said, out=tmp_path / "x")) == 2, "training does need the weights"
+    assert sasr.main(flags(**values, out=tmp_path / "x")) == 2, "training does need the weights"
 
 
 def test_a_dry_run_reports_bad_input_like_a_run(capsys):
@@ -679,9 +717,9 @@ def cuda_plan(model, data, **changes):
     values = {"task": "jsonl", "data": str(data), "model": str(model), "ood_task": "none", "max_new_tokens": 512}
     values |= {"prompts_per_step": 8, "group_size": 8, "kl_coef": 0.001, "device": "cpu"}
     values |= {"gradient_checkpointing": True, "offload_reference": True} | changes
-    setting = Setting(Config(**values))
-    setting.device = torch.device("cuda")
-    return memory_plan(setting)
+    setup = Setup(Config(**values))
+    setup.device = torch.device("cuda")
+    return memory_plan(setup)
 
 
 @pytest.fixture
@@ -755,7 +793,7 @@ def test_each_layer_saves_what_the_plan_says(kind, key_values, checkpointing):
             (of(5) - of(2)) / 3
             for of in (
                 lambda n, size=(batch, time): saved_bytes(shape(n), *size, checkpointing),
-                lambda n, tokens=batch * time: sasr.activation_bytes(shape(n), tokens, checkpointing, cuda=False),
+                lambda n, tokens=batch * time: activation_bytes(shape(n), tokens, checkpointing, cuda=False),
             )
         )
         assert planned == pytest.approx(measured, rel=0.05)
@@ -764,9 +802,12 @@ def test_each_layer_saves_what_the_plan_says(kind, key_values, checkpointing):
 def planned_and_measured(**changes):
     """Peak of memory_plan, and how much a process grew that took a step of each kind, in bytes."""
     code = """
-import json, sys
+import dataclasses, itertools, json, sys
 import torch, torch._dynamo  # the optimizer would import it, hundreds of modules, within what is measured
 import sasr
+from data import Grade
+from run.memory import memory_plan
+from run.setup import Setup
 
 
 def resident(field):
@@ -774,14 +815,22 @@ def resident(field):
         return 1024 * int(next(line.split()[1] for line in file if line.startswith(field)))
 
 config = sasr.Config(**json.loads(sys.argv[1]))
-plan = sasr.memory_plan(sasr.Setting(config))["peak"]
+plan = memory_plan(Setup(config))["peak"]
 before = resident("VmRSS")
 trainer = sasr.Trainer(config)
-trainer._rewards = lambda *_: (torch.arange(64.0).view(8, 8), 0)  # an untrained model solves nothing
-trainer.warmup_step()
-trainer.state.step += 1
-assert trainer.grpo_step()["grad_norm"] > 0
-trainer.sft_step()  # beside the cache that the rollout leaves
+rewards = itertools.cycle(range(64))  # an untrained model solves nothing
+
+
+def verify(text, example):
+    return Grade(float(next(rewards)), correct=False, well_formed=False)
+
+
+trainer.task.source = dataclasses.replace(trainer.task.source, verify=verify)
+trainer.state.finish_step(trainer.step(), 0.0)
+record = {}
+sasr.grpo_step(trainer, record)
+assert record["grad_norm"] > 0
+sasr.sft_step(trainer, record, lambda norm: None)  # beside the cache that the rollout leaves
 print(plan, resident("VmHWM") - before)
 """
     values = {"task": "countdown:train_size=200,test_size=8", "ood_task": "none", "eval_every": 0, "device": "cpu"}

@@ -1,0 +1,336 @@
+"""The run's folder: its files, and how a run is saved there and taken up again.
+
+    OUT/config.json       the configuration, enough to start the run again
+    OUT/metrics.jsonl     one JSON object per training step
+    OUT/samples.jsonl     the answers of the last evaluation, with their grades; sample 0 is the greedy one
+    OUT/checkpoint/       what a resume needs: tensors.safetensors, state.json; checkpoint.old/ is the one before
+    OUT/model/            the trained model in Hugging Face layout, written with each checkpoint
+    OUT/summary.json      the closing numbers
+
+A line of the metrics has `step`, `phase`, `kind`, `loss`, `grad_norm` (before clipping), `lr`, `seconds`, `tokens` and
+`padding_fraction`. Adaptive steps add `p_sft`, `alpha`, `sft_norm` (the G_last that decided) and its age in steps,
+`sft_norm_age`; GRPO steps, what `sasr.compute_rewards` and `sasr.grpo_objective` measure; evaluations, `eval/` scores.
+
+Every file but the metrics is written as NAME.tmp, flushed to the disk and renamed, so that a reader finds the old one
+or the new one whole, whenever the process is killed. The metrics grow by a line in one write, and resuming cuts them
+back to where they were at the checkpoint. A checkpoint lists the SHA-256 of its files; a damaged one is named and set
+aside, and the one before it is used. The process that trains into a folder holds its lock until it ends.
+
+A folder may come from a stranger: nothing is unpickled, no link is followed, sums and shapes are checked. But its
+config.json may name a `--reward` file, and to resume the run is to run that file.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.files import check_number, one_line, read_json
+
+from .config import RunConfig
+from .report import say
+
+SUMS = "SHA256SUMS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    state: dict  # state.json
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "tensors.safetensors")
+
+    @contextlib.contextmanager
+    def fits(self):
+        """Whatever does not fit this run, from another version or a stranger, is a ValueError that names the folder."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+            raise ValueError(f"{self.folder} does not fit this run: {reason}") from None
+
+
+class RunFolder:
+    def __init__(self, out: str | Path):
+        self.path = Path(out)
+        self.metrics = self.path / "metrics.jsonl"
+
+    def check_unused(self) -> None:
+        """Raises ValueError if the path is a file, or a folder with anything in it: nothing is overwritten."""
+        if self.path.is_file():
+            raise ValueError(f"--out {self.path}: a file is in the way")
+        found = sorted(set(os.listdir(self.path)) - {"lock"}) if self.path.exists() else []
+        if found:
+            resumable = f", or --resume {self.path}" if {"config.json", "metrics.jsonl"} <= set(found) else ""
+            raise ValueError(f"--out {self.path} is not empty, it holds {found[0]}; name another{resumable}")
+
+    def write_json(self, name: str, value: dict) -> None:
+        self.write(name, json.dumps(value, indent=2) + "\n")
+
+    def write_jsonl(self, name: str, records: list[dict]) -> None:
+        self.write(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def write(self, name: str, text: str) -> None:
+        with written_beside(self.path / name) as beside:
+            beside.write_text(text, encoding="utf-8")
+        os.replace(beside, self.path / name)
+        flush(self.path)
+
+    @contextlib.contextmanager
+    def locked(self):
+        """The one way to write here. Raises ValueError naming the process that writes already, a link or a device."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / "lock"
+        check_plain(lock)
+        with lock.open("a+", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(f"{self.path}: process {file.read() or '?'} is writing into this folder") from None
+            for found in sorted(self.path.rglob("*")):  # not before: the files of a run at work come and go
+                check_plain(found)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def log(self, record: dict) -> None:
+        """Append one line, in a single write, or nothing. JSON has no NaN or infinity: they become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        line = (json.dumps(finite) + "\n").encode()
+        with naming(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            length, written = file.tell(), file.write(line)
+            if written < len(line):  # a full disk takes half a line
+                file.truncate(length)
+                raise OSError(f"only {written} of {len(line)} bytes could be written")
+
+    def replace_folder(self, name: str, fill, *, keep_old: bool = False) -> None:
+        """Let `fill(path)` fill a fresh folder, then rename it to OUT/name, and the one that was there to name.old."""
+        target, old = self.path / name, self.path / f"{name}.old"
+        with written_beside(target) as beside:
+            beside.mkdir()
+            fill(beside)
+        if target.exists():  # if not, `old` is the only good one: a crash came between these two renames
+            remove(old)
+            os.rename(target, old)
+        os.rename(beside, target)
+        flush(self.path)
+        if not keep_old:
+            remove(old)
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
+        """Tensors and JSON, nothing pickled; `state` gains the present length of the metrics in bytes."""
+        flush(self.metrics)
+        state = state | {"metrics_bytes": self.metrics.stat().st_size}
+
+        def fill(folder: Path) -> None:
+            plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            save_file(plain, folder / "tensors.safetensors")
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
+            (folder / SUMS).write_text(sums, encoding="utf-8")  # as `sha256sum -c` reads it
+
+        self.replace_folder("checkpoint", fill, keep_old=True)
+
+    def find_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint that is whole; None if the run stopped before its first one.
+
+        A damaged one is named on standard error, and passed over. Raises ValueError if there are only damaged ones.
+        """
+        problems = []
+        for folder in filter(Path.exists, (self.path / "checkpoint", self.path / "checkpoint.old")):
+            try:
+                check_sums(folder)
+                state = read_json(folder / "state.json")
+                check_number("state.json: metrics_bytes", state.get("metrics_bytes"), 0, math.inf)
+            except (OSError, ValueError) as error:
+                problems.append(f"{folder}: the checkpoint cannot be used ({error})")
+                continue
+            for problem in problems:
+                say(f"{problem}; going on from the one before it")
+            return Checkpoint(folder, state)
+        if problems:
+            raise ValueError("; ".join([*problems, "to begin again from the configuration, move them away"]))
+        return None
+
+    def rewind(self, checkpoint: Checkpoint | None) -> None:
+        """Cut off the metrics after a checkpoint (None: all), and set aside a later one that is damaged."""
+        later, damaged = self.path / "checkpoint", self.path / "checkpoint.damaged"
+        if checkpoint and checkpoint.folder != later and later.exists():  # else the next would replace the whole one
+            remove(damaged)
+            os.rename(later, damaged)
+        length = checkpoint.state["metrics_bytes"] if checkpoint else 0
+        self.metrics.touch()
+        if self.metrics.stat().st_size < length:
+            say(f"{self.metrics}: lines of steps before the checkpoint are missing; going on without them")
+            length = self.metrics.read_bytes().rfind(b"\n") + 1
+        os.truncate(self.metrics, length)
+
+    def branch_to(self, other: Self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """Copy checkpoint and metrics into a new run's folder, to go on there; this one stays as it is."""
+        other.path.mkdir(parents=True, exist_ok=True)
+        if checkpoint:
+            other.replace_folder("checkpoint", partial(shutil.copytree, checkpoint.folder, dirs_exist_ok=True))
+            checkpoint = Checkpoint(other.path / "checkpoint", checkpoint.state)
+        if self.metrics.exists():
+            shutil.copy(self.metrics, other.metrics)
+        return checkpoint
+
+
+def default_out(config: RunConfig, kind: str) -> str:
+    """runs/KIND-TASK-SEED, with a number behind it if that is taken."""
+    base = f"runs/{kind}-{config.task.partition(':')[0]}-{config.seed}"
+    return next(out for n in itertools.count(1) if not Path(out := f"{base}-{n}" if n > 1 else base).exists())
+
+
+# ----------------------------------------------------------------------------- saving and restoring a trainer
+
+
+def save(trainer, folder: RunFolder) -> None:
+    """The model first: a run whose last checkpoint says that it has finished has its last model, too."""
+    folder.replace_folder("model", partial(save_model, trainer))
+    state = dataclasses.asdict(trainer.state)
+    state["unlogged"] = state.pop("pending")  # its name in files
+    config = dataclasses.asdict(trainer.config)
+    saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": fingerprint(trainer)}
+    folder.save_checkpoint(named_tensors(trainer), saved | {"config": config, "config_hash": trainer.config.hash()})
+
+
+def save_model(trainer, path: Path) -> None:
+    """Weights and tokenizer in Hugging Face layout."""
+    dtype = trainer.config.save_dtype
+    trainer.model.save_pretrained(path, dtype=trainer.model.stored_dtype if dtype == "same" else getattr(torch, dtype))
+    trainer.codec.save(path)
+
+
+def named_tensors(trainer) -> dict[str, Tensor]:
+    """Weights, Adam's moments and the reference policy, each under its own prefix."""
+    named = {f"model.{name}": p for name, p in trainer.model.named_parameters()}
+    for name, parameter in trainer.model.named_parameters():
+        for key, value in trainer.optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
+            named[f"optimizer.{key}.{name}"] = value
+    if trainer.reference is not None:
+        named |= {f"reference.{name}": p for name, p in trainer.reference.named_parameters()}
+    return named
+
+
+def fingerprint(trainer) -> int:
+    """Changes when the tokenizer or any example does."""
+    examples = [(task.source.train, task.source.test) for task in (trainer.task, trainer.warmup_task)]
+    return zlib.crc32((trainer.codec.tokenizer.to_str() + repr(examples)).encode())
+
+
+def read_state(checkpoint: Checkpoint, state_class: type):
+    """The state of the run at a checkpoint. Raises ValueError, KeyError or TypeError for what cannot be one."""
+    values = dict(checkpoint.state["state"])
+    state = state_class(pending=values.pop("unlogged"), **values)
+    for spec in dataclasses.fields(state):
+        if spec.type is int:
+            check_number(spec.name, getattr(state, spec.name), 0, math.inf)
+    numbers = [*state.seconds.values(), *state.accuracy.values(), *state.scores.values(), state.reward or 0.0]
+    valid = all(isinstance(number, (int, float)) for number in numbers)  # a score may well be NaN
+    if not valid or set(state.seconds) != set(state_class().seconds) or not isinstance(state.pending, dict | None):
+        raise ValueError(f"seconds, accuracies, scores or the last line are invalid: {numbers}, {state.pending!r}")
+    return state
+
+
+@torch.no_grad()
+def restore(trainer, checkpoint: Checkpoint, state) -> None:
+    """Take up a checkpoint and its state. Raises ValueError or KeyError naming what does not fit."""
+    if checkpoint.state["fingerprint"] != fingerprint(trainer):
+        raise ValueError("it was made with other examples or another tokenizer than these")
+    saved = checkpoint.tensors()
+    if any(name.startswith("reference.") for name in saved):
+        trainer.freeze_reference()
+    if any(name.startswith("optimizer.") for name in saved):  # not before the first step
+        for p in trainer.model.parameters():
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            trainer.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    for name, tensor in named_tensors(trainer).items():
+        if saved[name].shape != tensor.shape:  # copy_ would repeat a smaller one
+            raise ValueError(f"{name} has the shape {list(saved[name].shape)}, not {list(tensor.shape)}")
+        tensor.copy_(saved[name])
+    trainer.controller.load_state_dict(checkpoint.state["controller"])
+    trainer.state = state
+
+
+# ----------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """TARGET.tmp, to be written and then renamed: it is on the disk in the end, or, if anything fails, not there."""
+    beside = target.with_name(f"{target.name}.tmp")
+    remove(beside)
+    with naming(target):
+        try:
+            yield beside
+            for file in (*beside.rglob("*"), beside):
+                flush(file)
+        except BaseException:
+            remove(beside)  # what did not fit must not stay in the way
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the disk names the file, as neither write() nor safetensors does."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
+        raise OSError(f"{path}: {error}") from error
+
+
+def check_plain(path: Path) -> None:
+    """Raises ValueError for a link, a pipe or a device: to write there would change something else."""
+    if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise ValueError(f"{path}: a link, or no plain file; a run's folder has only files of its own")
+
+
+def remove(path: Path) -> None:
+    """Whatever is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Out of the system's memory and onto the disk: a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_sums(folder: Path) -> None:
+    """Raises ValueError naming a file that is not as it was written."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    for name in ("state.json", "tensors.safetensors"):
+        if f"{sha256(folder / name)}  {name}" not in lines:
+            raise ValueError(f"{name} has changed since it was written, or {SUMS} has")

@@ -1,0 +1,253 @@
+"""The configuration of a run: its fields, flags and presets, their checks, and what a resume may change.
+
+One object holds all that a run depends on. The fields here belong to any run; those of the method stand in
+`sasr.Config`, which inherits them. A field is a flag: `group_size` is `--group-size`.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from baselines import SCHEDULES
+from data.files import check_number
+from data.task import MAX_REWARD
+from rollout import MIN_TEMPERATURE
+
+MAX = 10**7  # the largest value of any number but the seed: no run could use more
+
+
+def option(default, help: str, *, choices: tuple[str, ...] = (), low: float = 0, high: float = MAX, **more):
+    """A field. group: it begins a group of --help. resumable: it may change on --resume, past steps stay true."""
+    rules = {"help": help, "choices": choices, "low": low, "high": high, "group": "", "resumable": False}
+    return dataclasses.field(default=default, metadata=rules | more)
+
+
+resumable = partial(option, resumable=True)
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What any run depends on, whatever the method."""
+
+    task: str = option("knights-knaves", "NAME[:key=value,...], as in countdown:numbers=4", group="what to learn")
+    data: str = resumable("", "folder with train.jsonl and test.jsonl (or .json) of the task ('': generate it)")
+    skip_bad_lines: bool = option(False, "leave out records of --data that cannot be read, and say how many")
+    verifier: str = option("", "how answers are compared, e.g. math-verify, numeric, regex ('': the task's own way)")
+    reward: str = option(
+        "",
+        "your own, FILE.py:FUNCTION or MODULE:FUNCTION, which is run; 1 or more counts as correct ('': the verifier)",
+    )
+    reward_seconds: float = resumable(10.0, "time limit for a completion: --reward, math-verify, regex", low=0.001)
+    reward_on_error: str = resumable("0", "reward where such a verifier raises, hangs or returns no number; or stop")
+    ood_task: str = option("auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder variant of --task")
+    warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
+
+    model: str = option("", "checkpoint directory or hub id to start from ('': from scratch)", group="the model")
+    prompt_format: str = option("raw", "the text, or a message in --model's chat template", choices=("raw", "chat"))
+    system: str = option("", "chat: the system message ('': what the template says by itself)")
+    save_dtype: str = resumable(
+        "same", "of OUT/model; same: as --model's files", choices=("same", "float32", "bfloat16", "float16")
+    )
+    hidden_size: int = option(128, "from scratch: features", low=1)
+    layers: int = option(4, "from scratch: decoder layers", low=1)
+    heads: int = option(4, "from scratch: attention heads", low=1)
+    vocab_size: int = option(1024, "from scratch: size of the vocabulary at most", low=257)
+    compile: bool = resumable(False, "torch.compile for training: minutes at the first steps, faster ones after")
+
+    max_new_tokens: int = option(
+        0, "tokens per completion; 0: 5/4 of the longest demonstration", group="lengths, memory"
+    )
+    max_prompt_tokens: int = option(0, "longer prompts are dropped; 0: what --max-new-tokens leaves of the context")
+    max_demonstration_tokens: int = option(0, "longer demonstrations are dropped; 0: what the context leaves")
+    gradient_checkpointing: bool = resumable(False, "recompute activations in backward: less memory, more time")
+    tokens_per_microbatch: int = resumable(0, "tokens, padding included, at once; 0: 2048 on a CPU, 16384 on CUDA")
+    rollout_memory: float = resumable(
+        0.0, "GB for the cache of a rollout, more in further chunks; 0: 80% of what is free"
+    )
+    offload_reference: bool = resumable(False, "keep the reference policy in CPU memory while it is not needed")
+
+    eval_every: int = resumable(125, "steps between evaluations; 0: around the stages only", group="evaluation, files")
+    eval_examples: int = resumable(512, "examples per evaluation, decoded greedily", low=1)
+    eval_split: str = option("test", "which examples those are", choices=("test", "train"))
+    eval_samples: int = resumable(0, "also draw this many answers to each, for pass@1, 2, 4, ...")
+    eval_temperature: float = resumable(1.0, "of those samples")
+    save_every: int = resumable(100, "steps between checkpoints; 0: only at the end")
+    max_bad_steps: int = resumable(5, "stop after this many dropped steps in a row", low=1)
+    out: str = resumable("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")
+    seed: int = option(0, "of everything: puzzles, weights, order, alpha, samples", high=2**63 - 1)
+    device: str = resumable("auto", "auto, cpu, cuda, cuda:1, ...")
+    deterministic: bool = resumable(False, "on CUDA: the same bits for the same seed, slower (a CPU always gives them)")
+
+    def __post_init__(self):
+        """Raise ValueError naming the flag, the value and what is allowed."""
+        for spec in dataclasses.fields(self):
+            value, flag, rules = getattr(self, spec.name), flag_name(spec.name), spec.metadata
+            if spec.type in (int, float):
+                check_number(flag, value, spec.type(rules["low"]), rules["high"])
+            elif not isinstance(value, spec.type):
+                raise ValueError(f"{flag} {value!r}: must be of type {spec.type.__name__}")
+            elif rules["choices"] and value not in rules["choices"]:
+                raise ValueError(f"{flag} {value}: choose from {', '.join(rules['choices'])}")
+        if 0 < self.eval_temperature < MIN_TEMPERATURE:
+            raise ValueError(f"--eval-temperature {self.eval_temperature}: must be 0, or at least {MIN_TEMPERATURE}")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of twice --heads {self.heads}")
+        if self.reward_on_error != "stop":
+            try:
+                check_number("--reward-on-error", float(self.reward_on_error), -MAX_REWARD, MAX_REWARD)
+            except ValueError:
+                number = f"a number of at most {MAX_REWARD:g}"
+                raise ValueError(f"--reward-on-error {self.reward_on_error}: must be {number}, or stop") from None
+
+    def hash(self) -> str:
+        """Equal for equal values, wherever the run is kept."""
+        values = dataclasses.asdict(self) | {"out": ""}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_json(cls, values: dict, source: Path) -> Self:
+        """The configuration in a run's config.json; ValueError naming the file and what is wrong in it."""
+        unknown = set(values) - {spec.name for spec in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"{source}: unknown setting {min(unknown)!r}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup_steps + self.steps
+
+    @property
+    def evaluation_steps(self) -> set[int]:
+        """Before and after each stage, and every `eval_every` steps."""
+        every = range(0, self.total_steps + 1, self.eval_every) if self.eval_every else ()
+        return {0, self.warmup_steps, self.total_steps, *every}
+
+
+def flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def in_order(config_class: type[RunConfig]) -> list[dataclasses.Field]:
+    """The fields of the method first, then those of any run."""
+    return sorted(dataclasses.fields(config_class), key=lambda spec: hasattr(RunConfig, spec.name))
+
+
+# ----------------------------------------------------------------------------- presets
+
+# Values from a public recipe say which; the others are ours, chosen to fit one GPU, and not tuned.
+PRETRAINED = (
+    {"prompt_format": "chat", "ood_task": "none", "gradient_checkpointing": True, "warmup_steps": 100, "steps": 500}
+    | {"sft_batch_size": 32, "warmup_lr": 1e-5, "eval_every": 100, "eval_examples": 10_000}
+    # verl, examples/grpo_trainer on GSM8K and MATH
+    | {"lr": 1e-6, "kl_coef": 0.001, "clip_low": 0.2, "clip_high": 0.2, "max_grad_norm": 1.0}
+    | {"beta2": 0.999, "weight_decay": 0.01}  # PyTorch's own beta, which most recipes keep
+)
+PRESETS = {
+    "kk-tiny": {},  # the default: all values are those of Config, found on the generated puzzles themselves
+    "countdown-tiny": {"task": "countdown"},
+    "gsm8k": PRETRAINED
+    | {"task": "gsm8k", "data": "records/gsm8k", "model": "Qwen/Qwen2.5-0.5B"}
+    | {"max_prompt_tokens": 512, "max_new_tokens": 512},  # verl
+    "math": PRETRAINED
+    | {"task": "math", "data": "records/math", "model": "Qwen/Qwen2.5-1.5B"}
+    | {"max_prompt_tokens": 1024, "max_new_tokens": 1024},  # verl
+    "kk": PRETRAINED
+    | {"task": "knights-knaves:format=logic-rl", "data": "records/knights_knaves"}
+    # Logic-RL (arXiv 2502.14768), as is the reward; it allows 4096 tokens, and the demonstrations need a tenth
+    | {"model": "Qwen/Qwen2.5-0.5B-Instruct", "max_new_tokens": 2048, "lr": 4e-7, "temperature": 0.7, "group_size": 8},
+}
+
+
+# ----------------------------------------------------------------------------- flags
+
+
+def parse_command_line(config_class: type[RunConfig], argv: list[str] | None) -> tuple[str, dict]:
+    """What to do (train, resume, eval_only or dry_run), and fields of the configuration (for resume, the new ones)."""
+    values = vars(make_parser(config_class).parse_args(argv))
+    values.pop("debug", None)  # `lifecycle.exit_code` reads it
+    mode = values.pop("mode", "train")
+    if "resume" not in values:
+        return mode, PRESETS[values.pop("preset", "kk-tiny")] | values
+    if "preset" in values:
+        raise ValueError(f"--preset {values['preset']}: a resumed run keeps its values; name the flags to change")
+    if not values["resume"]:
+        raise ValueError("--resume '': name the folder of a run")
+    return "resume", values
+
+
+def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
+    """The flags of the method first, then those of any run, by group. A field that is not named stays absent."""
+    parser = argparse.ArgumentParser(
+        prog="sasr.py",
+        usage="python sasr.py [--preset NAME | --resume RUN] [--FLAG VALUE ...]",
+        description="Warm a language model up with SFT, then let its gradient norm decide between SFT and GRPO.",
+        epilog="Without a flag it trains a small model on generated puzzles, on a GPU or a CPU, in minutes. Its folder "
+        "holds config.json, metrics.jsonl, samples.jsonl, summary.json, checkpoint/, model/ (see run/checkpoint.py). "
+        "Exit codes: 0 done, 2 bad input, 1 a fault, 128 plus the signal that stopped it (see run/lifecycle.py).",
+        argument_default=argparse.SUPPRESS,
+    )
+    group = parser
+    for spec in in_order(config_class):
+        rules, flag = spec.metadata, flag_name(spec.name)
+        group = parser.add_argument_group(rules["group"]) if rules["group"] else group
+        text = f"{rules['help']} (default {spec.default!r})".replace("%", "%%")
+        if spec.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            values = {"choices": rules["choices"]} if rules["choices"] else {"metavar": spec.type.__name__.upper()}
+            group.add_argument(flag, type=spec.type, help=text, **values)
+    group = parser.add_argument_group("to begin, go on, grade or plan")
+    group.add_argument("--preset", choices=tuple(PRESETS), help="values for other flags, which still override them")
+    modes, const = group.add_mutually_exclusive_group(), {"dest": "mode", "action": "store_const"}
+    resuming = "go on with the run in this folder, or with --out in a branch of it; what may change: "
+    flags = (flag_name(spec.name) for spec in in_order(config_class) if spec.metadata["resumable"])
+    modes.add_argument("--resume", metavar="RUN", help=resuming + ", ".join(flags))
+    modes.add_argument("--eval-only", **const, const="eval_only", help="grade --model on the task, train nothing")
+    modes.add_argument("--dry-run", **const, const="dry_run", help="say what the run would need in memory, and stop")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+# ----------------------------------------------------------------------------- resuming
+
+
+def check_resume(old: RunConfig, new: RunConfig, done: int, logged: bool, named: dict, learning_rate: Callable) -> str:
+    """What changes, as flags in one line. Raises ValueError naming a flag that contradicts the steps already taken.
+
+    old: the configuration of those steps, `done` of them, the last one `logged` or still to be evaluated. new: that in
+    config.json with the overrides `named`. learning_rate: a function of a configuration and a step.
+    """
+    changed = {}
+    for spec in in_order(type(new)):
+        before, now = getattr(old, spec.name), getattr(new, spec.name)
+        if before != now and not spec.metadata["resumable"]:
+            where = "" if spec.name in named else f"{Path(old.out) / 'config.json'}: "
+            raise ValueError(f"{where}{flag_name(spec.name)} {now}: a resumed run keeps its {before!r}")
+        if before != now and spec.name != "out":
+            changed[spec.name] = f"{flag_name(spec.name)} {now}"
+    if done > new.total_steps:
+        raise ValueError(f"--steps {new.steps}: the run has already taken {done - new.warmup_steps}")
+    if any(learning_rate(old, step) != learning_rate(new, step) for step in range(1, done + 1)):
+        raise ValueError(
+            f"--steps, --decay-fraction or --lr-schedule would change the learning rate of the {done} steps already "
+            "taken; a decay must begin after them, and --steps counts the whole adaptive stage"
+        )
+    if new.controller in SCHEDULES:
+        before, after = (SCHEDULES[new.controller](config) for config in (old, new))
+        if any(before(t) != after(t) for t in range(done - new.warmup_steps)):
+            raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")
+    idle = [text for name, text in changed.items() if name not in ("save_dtype", "device")]
+    if idle and done == new.total_steps and logged:
+        raise ValueError(
+            f"{', '.join(idle)}: the run has finished, so nothing would come of it; more --steps let it go on, and "
+            f"--eval-only --model {Path(old.out) / 'model'} grades it anew"
+        )
+    return ", ".join(changed.values())

@@ -1,0 +1,81 @@
+"""What a run will need in memory: a plan from shapes alone, before a weight is loaded."""
+
+import torch
+
+from data.batch import default_max_tokens
+from model import ModelConfig, Transformer
+from rollout import free_memory
+
+from .evaluation import EVAL_ROWS
+from .report import dropped_report
+from .setup import Setup
+
+
+def memory_plan(setup: Setup) -> dict[str, float]:
+    """Bytes on the device by what they are for, and the `peak`: what stays, and an update or an evaluation on top."""
+    config, shape, task, cuda = setup.config, setup.shape, setup.task, setup.device.type == "cuda"
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Transformer(shape).parameters())
+    copy_bytes = 2 if cuda else 4  # bf16 where it is used for arithmetic
+    per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * copy_bytes  # of a cache
+    completion = task.longest_prompt + task.max_new_tokens  # tokens
+    rows = config.prompts_per_step * config.group_size
+    samples, examples = max(config.eval_samples, 1), min(config.eval_examples, max(len(task.evaluated), 1))
+    eval_rows = min(samples, EVAL_ROWS) * min(max(1, EVAL_ROWS // samples), examples)
+    cache, eval_cache = (n * -(-completion // 128) * 128 * per_token for n in (rows, eval_rows))
+    if config.rollout_memory:
+        cache, eval_cache = (min(size, 1e9 * config.rollout_memory) for size in (cache, eval_cache))
+    draws = 4 * 4 * shape.vocab_size  # logits, log-probs, probabilities and their sums, of a row
+
+    sft_tokens = config.sft_batch_size * (task.longest_prompt + task.longest_demonstration)
+    grpo_tokens = config.prompts_per_step * task.longest_prompt + rows * task.max_new_tokens
+    tokens = min(default_max_tokens(config.tokens_per_microbatch, setup.device), max(sft_tokens, grpo_tokens))
+    plan = {
+        "weights": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "sampler's copy": 2 * parameters if cuda else 0,
+        "reference": copy_bytes * parameters if config.kl_coef and not (cuda and config.offload_reference) else 0,
+        "rollout cache": cache + rows * draws,
+    }
+    stays = sum(plan.values())
+    plan["gradients"] = 4 * parameters
+    plan["activations"] = activation_bytes(shape, max(tokens, completion), config.gradient_checkpointing, cuda)
+    plan["evaluation"] = eval_cache + eval_rows * draws
+    return plan | {"peak": stays + max(plan["gradients"] + plan["activations"], plan["evaluation"])}
+
+
+def activation_bytes(shape: ModelConfig, tokens: int, checkpointing: bool, cuda: bool) -> float:
+    """What backward needs of a micro-batch: what each layer saved (on CUDA in bf16), and the largest temporaries."""
+    small, hidden, mlp = 2 if cuda else 4, shape.hidden_size, shape.intermediate_size
+    queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    norm = (4 + small) * hidden if cuda else 3 * 4 * hidden  # its input and output; a CPU keeps the step between them
+    attention = small * (2 * queries + 2 * keys)  # q, k, v and what comes of them
+    if shape.model_type == "qwen3":
+        attention += 4 * (queries + keys) * (1 if cuda else 2)
+    layer = 2 * norm + attention + small * 4 * mlp  # bytes a token; the MLP keeps gate, SiLU, up and product
+    backward = small * 3 * mlp + 4 * 2 * hidden  # gradients on their way through a layer
+    bf16_weights = 2 * (2 * hidden * (queries + keys) + 3 * hidden * mlp) if cuda else 0
+    if checkpointing:
+        saved = tokens * (4 * hidden * shape.num_hidden_layers + layer) + bf16_weights
+    else:
+        saved = shape.num_hidden_layers * (tokens * layer + bf16_weights)
+    head = 4 * shape.vocab_size * hidden  # the gradient of the output matrix, before it is added to the embedding's
+    logits = min(tokens * shape.vocab_size, 2**26) * small + 4 * 3 * tokens * hidden
+    return saved + max(tokens * backward, head + logits)
+
+
+def dry_run_report(setup: Setup) -> str:
+    """The plan as a table, beside what the device has."""
+    plan, total = memory_plan(setup), free_memory(setup.device)
+    lines = [*dropped_report(setup), f"{'memory on ' + str(setup.device):24}{'GB':>8}"]
+    lines += [f"{name:24}{size / 1e9:8.2f}" for name, size in plan.items()]
+    too_much = plan["peak"] >= total
+    lines.append(f"{'does NOT fit' if too_much else 'fits'} into the {total / 1e9:.1f} GB that are free now")
+    if too_much:
+        flags = ("gradient-checkpointing", "offload-reference", "tokens-per-microbatch", "max-new-tokens")
+        more = ("rollout-memory", "prompts-per-step", "eval-samples")
+        lines.append("less: " + ", ".join(f"--{flag}" for flag in (*flags, *more)))
+    prompt, completion = setup.task.longest_prompt, setup.task.max_new_tokens
+    tokens = default_max_tokens(setup.config.tokens_per_microbatch, setup.device)
+    lines.append(f"prompts of up to {prompt} tokens, completions of up to {completion}; {tokens} tokens a micro-batch")
+    return "\n".join(lines)

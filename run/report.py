@@ -1,0 +1,174 @@
+"""What the user sees: the headline, the progress line, the tables at the end, and where a result came from."""
+
+import contextlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .config import RunConfig
+from .setup import Setup
+
+
+class Progress(contextlib.AbstractContextManager):
+    """One line that rewrites itself on a terminal; into a pipe or file, a fresh line every 10 seconds."""
+
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stderr
+        self.live, self.last = self.stream.isatty(), float("-inf")
+        self.open = False  # whether the line on the terminal has not ended
+
+    def show(self, text: str, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if last or now - self.last >= (0.1 if self.live else 10):
+            width, self.last = shutil.get_terminal_size().columns - 1, now
+            self._write("\r" + text[:width].ljust(width) if self.live else text + "\n")
+            self.open = self.live
+
+    def say(self, text: str) -> None:
+        """Lines that stay."""
+        self._write(("\n" if self.open else "") + text + "\n")
+        self.open = False
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a closed pipe or terminal is no reason to stop
+            self.stream.write(text)
+            self.stream.flush()
+
+    def __exit__(self, *_) -> None:
+        if self.open:
+            self._write("\n")
+            self.open = False
+
+
+def say(text: str) -> None:
+    Progress().say(text)
+
+
+def clock(seconds: float) -> str:
+    """90 -> '1:30'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def headline(trainer, out: Path) -> str:
+    """What is about to happen, before anything takes time."""
+    config, task, step = trainer.config, trainer.task, trainer.state.step
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    start = "first, an evaluation" if task.evaluated else "from the first step on"
+    return "\n".join([*dropped_report(trainer), ""]) + (
+        f"{config.controller} on {task.source.name}: {len(task.train_prompts)} training prompts, "
+        f"{len(task.demonstrations)} with a demonstration\n"
+        f"{parameters:.2f} M parameters {config.model or 'from scratch'}, on {trainer.device}; "
+        f"{config.warmup_steps} warm-up steps, then {config.steps} adaptive ones\n"
+        f"writing to {out}; {f'resuming after step {step}' if step else start}"
+    )
+
+
+def dropped_report(setup: Setup) -> list[str]:
+    """A line for each kind of example that was given and will not be learnt from or graded."""
+    config, task = setup.config, setup.task
+    lines = []
+    if task.source.skipped:
+        lines.append(f"skipped {len(task.source.skipped)} bad record(s), the first: {task.source.skipped[0]}")
+    for tokenized in dict.fromkeys((task, setup.warmup_task)):  # often the same
+        why = {"prompts": "that are too long", "demonstrations": "that are too long, or whose prompts are"}
+        dropped = {kind: n for kind, n in tokenized.dropped.items() if n}
+        lines += [f"dropped {n} {kind} of {tokenized.source.name} {why[kind]}" for kind, n in dropped.items()]
+    too_long = sum(prompt is None for prompt in task.eval_prompts[: config.eval_examples])
+    if too_long:
+        lines.append(f"{too_long} {config.eval_split} prompts are too long and count as wrong answers")
+    if not task.evaluated:
+        lines.append(f"there are no {config.eval_split} examples, so nothing is evaluated; --eval-split has the other")
+    if config.reward:
+        lines.append(f"rewards come from {config.reward}, which is run as a program")
+    return lines
+
+
+def progress_line(config: RunConfig, state, record: dict) -> str:
+    """One line of a terminal; reward and accuracy stay until there are newer ones."""
+    p = f"p_sft {record['p_sft']:.2f}" if "p_sft" in record else "warm-up"
+    reward = "" if state.reward is None else f"reward {state.reward:.2f} "
+    accuracy = f"accuracy {state.scores['accuracy']:.1%} " if state.scores else ""
+    start = f"{state.step}/{config.total_steps} {record['kind']:4} {p} loss {record['loss']:.3f} "
+    return f"{start}{reward}{accuracy}left {clock(seconds_left(config, state))}"
+
+
+def seconds_left(config: RunConfig, state) -> float:
+    """From the mean cost of each kind of step so far; before the first GRPO step its cost is guessed from sizes."""
+    adaptive = state.sft_steps + state.grpo_steps
+    warmed_up = state.step - adaptive
+    sft_cost = (state.seconds["warmup"] + state.seconds["sft"]) / max(warmed_up + state.sft_steps, 1)
+    guess = 2 * sft_cost * config.prompts_per_step * config.group_size / config.sft_batch_size
+    grpo_cost = state.seconds["grpo"] / state.grpo_steps if state.grpo_steps else guess
+    prior = {"sft": 1.0, "grpo": 0.0}.get(config.controller, 0.5)  # worth ten steps of evidence
+    sft_share = (state.sft_steps + 10 * prior) / (adaptive + 10)
+    adaptive_cost = sft_share * sft_cost + (1 - sft_share) * grpo_cost
+    evaluations = config.evaluation_steps
+    evaluated = sum(step <= state.step for step in evaluations)  # at least the one before the first step
+    steps = (config.warmup_steps - warmed_up) * sft_cost + (config.steps - adaptive) * adaptive_cost
+    return steps + (len(evaluations) - evaluated) * state.seconds["eval"] / evaluated
+
+
+def closing_table(summary: dict) -> str:
+    """Accuracies and costs of a finished run."""
+
+    def row(label: str, cells: list) -> str:
+        return f"{label:24}" + "".join(f"{cell:>10}" for cell in cells)
+
+    lines = [row("accuracy", ["before", "warm-up", "final"])]
+    for label, suffix in (("in domain", ""), ("out of domain", "_ood")):
+        shares = [summary.get(f"accuracy_{at}{suffix}") for at in ("before", "warmup", "final")]
+        lines.append(row(label, ["-" if share is None else f"{share:.1%}" for share in shares]))
+    steps = [summary["warmup_steps"], summary["sft_steps"], summary["grpo_steps"]]
+    seconds = [*(summary[f"seconds_{kind}"] for kind in ("warmup", "sft", "grpo", "eval")), summary["seconds"]]
+    lines += ["", row("", ["warm-up", "SFT", "GRPO", "eval", "all"]), row("steps", [*steps, "", sum(steps)])]
+    lines.append(row("seconds", [f"{s:.1f}" for s in seconds]))
+    dropped, failed = summary["bad_steps"], summary["reward_failures"]
+    if dropped or failed:
+        lines += ["", f"steps dropped: {dropped}; completions for which the verifier failed: {failed}"]
+    return "\n".join([*lines, "", *score_table(summary["scores"], "final evaluation"), f"written to {summary['out']}"])
+
+
+def score_table(scores: dict[str, float], title: str) -> list[str]:
+    """A line a score, its interval behind it."""
+    lines = [f"{title:40}{'share':>8}   95% interval"] if scores else []
+    for name, value in scores.items():
+        base, ood = (name.removesuffix("_ood"), "_ood") if name.endswith("_ood") else (name, "")
+        low, high = scores.get(f"{base}_low{ood}"), scores.get(f"{base}_high{ood}")
+        interval = "" if low is None else f"   {low:.1%} to {high:.1%}"
+        text = f"{round(value, 3) + 0.0:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"  # no -0.000
+        lines += [] if base.endswith(("_low", "_high")) else [f"{name:40}{text}"]
+    return [*lines, ""] if lines else []
+
+
+def summarise(trainer, out: Path) -> dict:
+    """What OUT/summary.json holds."""
+    config, state = trainer.config, trainer.state
+    return (
+        state.accuracy
+        | {name: getattr(config, name) for name in ("controller", "task", "seed", "warmup_steps")}
+        | {name: getattr(state, name) for name in ("sft_steps", "grpo_steps", "bad_steps", "reward_failures", "scores")}
+        | {"config_hash": config.hash(), "g_warmup": trainer.controller.g_warmup, "out": str(out)}
+        | {"seconds": sum(state.seconds.values()), **{f"seconds_{kind}": s for kind, s in state.seconds.items()}}
+        | provenance(trainer.device)
+    )
+
+
+def provenance(device: torch.device) -> dict:
+    """What produced a result: versions, machine and commit."""
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {package: metadata.version(package) for package in ("torch", "numpy", "tokenizers", "safetensors")}
+    machine = f"{device.type} ({name}, {torch.get_num_threads()} threads)"
+    return {"python": platform.python_version(), **versions, "device": machine, "git_commit": commit}

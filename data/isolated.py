@@ -1,12 +1,9 @@
-"""Foreign programs in a process of their own: they may raise, hang or die, and the run goes on.
+"""Foreign programs in a process of their own, as they may raise, hang or die: rewards, regular expressions, templates.
 
-These are a user's reward, math-verify, regular expressions and chat templates. Parent and child exchange a line of JSON
-per request. Where no answer comes in time, the parent kills the child's whole process group and starts another one.
-There are no signals, so any thread may ask.
+Parent and child exchange a line of JSON per request. Where none comes in time, the parent kills the process group.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -14,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,10 +50,14 @@ class Child:
         self._answer(b"", IMPORT_SECONDS + self.seconds, context)
 
     def _answer(self, request: bytes, seconds: float, context: str = "") -> dict:
+        deadline, answer = time.monotonic() + seconds, b""
         try:
             self.channel.settimeout(seconds)
             self.channel.sendall(request)
-            answer = json.loads(self.channel.makefile("rb").readline())
+            while not answer.endswith(b"\n"):
+                self.channel.settimeout(deadline - time.monotonic())  # ValueError once that is past
+                answer += self.channel.recv(2**16) or b"\n"
+            answer = json.loads(answer)
         except TimeoutError:
             reason = f"took more than {seconds:g} s"
         except (OSError, ValueError):  # nothing was left to read
@@ -87,10 +89,9 @@ class IsolatedVerifier:
     """Called like any verifier, with a completion and its example. `failures` counts those without a grade."""
 
     def __init__(self, task: str, options: dict, reward: str, *, seconds: float, on_error: str):
-        """The user's `reward` (see `load_reward`), or the grade of a task with its options.
+        """The user's `reward`, or the grade of a task with its options. ValueError where it cannot be loaded.
 
-        seconds: for one completion. on_error: the reward of a completion whose verifier fails, or "stop", to raise
-        VerifierFailed. Raises ValueError where the reward cannot be loaded.
+        seconds: for one completion. on_error: its reward where the verifier fails, or "stop", to raise VerifierFailed.
         """
         self.name, self.on_error, self.failures = reward or options.get("verifier", task), on_error, 0
         self.child = Child("data.isolated", f"make_verifier({task!r}, {options!r}, {reward!r})", seconds=seconds)
@@ -98,7 +99,7 @@ class IsolatedVerifier:
 
     def __call__(self, completion: str, example: Example) -> Grade:
         try:
-            return Grade(**self.child.ask(completion=completion, example=dataclasses.asdict(example)))
+            return Grade(**self.child.ask(completion=completion, example=vars(example)))
         except ValueError as error:
             message = f"the verifier {self.name} {error} for the completion {completion[:200]!r}"
         self.failures += 1
@@ -113,33 +114,35 @@ class IsolatedVerifier:
 
 def answer_requests(make: Callable[[], Callable[..., dict]]) -> None:
     """In the child: answer with the function that make() gives. What others print goes to standard error."""
-    if os.fork() == 0:  # no thread could, since a regular expression holds Python's lock for as long as it takes
-        os.close(1)
-        os.read(0, 1)  # until the parent ends, however it does
-        os.killpg(0, signal.SIGKILL)
+    if os.fork() == 0:
+        if os.fork() == 0:  # a guard, and no child of ours, for which the foreign program might wait
+            os.close(1)
+            os.read(0, 1)  # until the parent ends, however it does
+            os.killpg(0, signal.SIGKILL)
+        os._exit(0)
+    os.wait()
     channel, process = socket.socket(fileno=os.dup(1)), os.getpid()
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-    def reply(answer: dict) -> None:
-        if os.getpid() != process:  # a foreign program forked, and came back twice
-            os._exit(0)
-        channel.sendall(json.dumps(answer).encode() + b"\n")
-
-    try:
-        answer_to = make()
-    except ValueError as error:
-        return reply({"error": str(error)})
-    reply({})
-    for line in channel.makefile("rb"):
+    requests = channel.makefile("rb")
+    with contextlib.suppress(OSError):  # the parent has closed the channel
         try:
-            reply(answer_to(**json.loads(line)))
-        except BaseException as error:  # a foreign function may even call sys.exit
-            reply({"error": f"raised {type(error).__name__}: {one_line(error, 300)}"})
+            answer_to, answer = make(), {}
+        except ValueError as error:
+            answer = {"error": str(error)}
+        while os.getpid() == process:  # else a foreign program forked, and came back twice
+            channel.sendall(json.dumps(answer).encode() + b"\n")
+            line = requests.readline()
+            try:
+                answer = answer_to(**json.loads(line))
+            except BaseException as error:  # a foreign function may even call sys.exit
+                answer = {"error": f"raised {type(error).__name__}: {one_line(error, 300)}"}
+    os._exit(0)
 
 
 def make_verifier(task: str, options: dict, reward: str) -> Callable[..., dict]:
     from . import task_module
 
     verify, options = (load_reward(reward), {}) if reward else (task_module(task).grade, options)
-    return lambda completion, example: dataclasses.asdict(verify(completion, Example(**example), **options))
+    return lambda completion, example: vars(verify(completion, Example(**example), **options))

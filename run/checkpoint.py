@@ -73,7 +73,7 @@ class RunFolder:
 
     def check_unused(self) -> None:
         """Raises ValueError if the path is a file, or a folder with anything in it: nothing is overwritten."""
-        if self.path.is_file():
+        if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--out {self.path}: a file is in the way")
         found = sorted(set(os.listdir(self.path)) - {"lock"}) if self.path.exists() else []
         if found:

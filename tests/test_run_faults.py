@@ -592,6 +592,54 @@ def test_a_reward_that_forks_answers_once(tmp_path):
     assert verify.failures == 0
 
 
+def test_a_time_limit_holds_for_the_whole_answer_however_slowly_it_comes(tmp_path):
+    """A reward that finds the channel and writes a byte to it now and then."""
+    (tmp_path / "reward.py").write_text(
+        "import os, stat, time\n"
+        "def reward(completion, example):\n"
+        "    while True:\n"
+        "        for fd in range(3, 20):\n"
+        "            try:\n"
+        "                stat.S_ISSOCK(os.fstat(fd).st_mode) and os.write(fd, b' ')\n"
+        "            except OSError:\n"
+        "                pass\n"
+        "        time.sleep(0.1)\n"
+    )
+    started = time.monotonic()
+    assert isolated(f"{tmp_path / 'reward.py'}:reward")("x", EXAMPLE).failed
+    assert time.monotonic() - started < 10
+
+
+def test_a_reward_may_wait_for_all_of_its_children(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import os\n"
+        "def reward(completion, example):\n"
+        "    os.fork() or os._exit(0)\n"
+        "    try:\n"
+        "        while True:\n"
+        "            os.wait()\n"
+        "    except ChildProcessError:\n"
+        "        return 4\n"
+    )
+    assert isolated(f"{tmp_path / 'reward.py'}:reward")("x", EXAMPLE).reward == 4
+
+
+def test_a_parent_that_ends_while_it_is_answered_leaves_no_traceback(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import os, time\n"
+        "def reward(completion, example):\n"
+        "    os.kill(os.getppid(), 2)\n"
+        "    time.sleep(0.2)\n"
+        "    return 1\n"
+    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data.isolated import IsolatedVerifier\n"
+    code += f"verify = IsolatedVerifier('x', {{}}, {str(tmp_path / 'reward.py:reward')!r}, seconds=9, on_error='0')\n"
+    code += "from data import Example\ntry:\n    verify('x', Example('x', 'x'))\n"
+    code += "except KeyboardInterrupt:\n    verify.child.channel.close()\nimport time\ntime.sleep(0.5)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_verifier_outlives_the_thread_that_started_it(tmp_path):
     (tmp_path / "reward.py").write_text(
         "import time\ndef reward(completion, example):\n    time.sleep(len(completion))\n    return 1\n"

@@ -417,8 +417,8 @@ def grpo_step(trainer: Trainer, record: dict) -> None:
         [rollout.completions[i] for i in kept],
         config.temperature,
         loss_denominators(rollout.completions, config.loss_aggregation, task.max_new_tokens)[kept],
-        advantages[kept],
-        sampled_logprobs=torch.tensor([logprob for i in kept for logprob in rollout.logprobs[i]]),  # [N]
+        advantages[kept].to(trainer.device),
+        sampled_logprobs=torch.tensor([p for i in kept for p in rollout.logprobs[i]], device=trainer.device),  # [N]
     )
     if config.inner_updates > 1:
         batch.old_logprobs = trainer.budget.retry_on_oom(compute_logprobs, trainer.model, batch)
@@ -512,10 +512,10 @@ def loss_denominators(completions: Sequence[list[int]], aggregation: str, max_ne
 
 def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, denominators: Tensor, config):
     """Equation (3). On-policy, pi_old is pi itself: the ratio is 1 and its gradient is that of the log-prob."""
-    here, device, mask = micro.token_index, logprobs.device, torch.ones_like(logprobs)  # all count
+    here, mask = micro.token_index, torch.ones_like(logprobs)  # all tokens count
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[here]  # [N]
     ref = None if batch.ref_logprobs is None else batch.ref_logprobs[here]  # [N]
-    advantages = batch.advantages.to(device)[micro.batch_index]  # [N]
+    advantages = batch.advantages[micro.batch_index]  # [N]
     knobs = {"clip_low": config.clip_low, "clip_high": config.clip_high, "kl_coef": config.kl_coef}
     loss, stats = kernels.grpo_loss(logprobs, old, ref, advantages, mask, **knobs, denominator=denominators)
     if ref is None:
@@ -523,7 +523,7 @@ def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: T
     stats["clip_fraction"] = stats["clip_low_fraction"] + stats["clip_high_fraction"]
     stats["entropy"] = entropy.detach().sum()
     if batch.sampled_logprobs is not None:
-        stats["sampler_gap"] = (logprobs.detach() - batch.sampled_logprobs.to(device)[here]).abs().sum()
+        stats["sampler_gap"] = (logprobs.detach() - batch.sampled_logprobs[here]).abs().sum()
     return loss, stats
 
 
@@ -559,11 +559,12 @@ def accumulate_gradient(model: Transformer, batch: Batch, objective: Callable, c
     model.zero_grad(set_to_none=True)
     device, tokens = model.head.device, sum(map(len, batch.completions))
     denominators = torch.full((len(batch.completions),), tokens) if batch.denominators is None else batch.denominators
+    denominators = denominators.to(device)  # [B]
     totals: dict[str, Tensor] = {"loss": torch.zeros((), device=device)}
     tokens_read = padding = 0  # padding is part of what is read
     for micro in micro_batches(batch, max_tokens, device):
         logprobs, entropy = completion_logprobs(model, micro, batch.temperature)  # [N]
-        loss, stats = objective(batch, micro, logprobs, entropy, denominators.to(device)[micro.batch_index], config)
+        loss, stats = objective(batch, micro, logprobs, entropy, denominators[micro.batch_index], config)
         loss.backward()
         tokens_read += micro.prompts.numel() + micro.completions.numel()
         padding += micro.padding

@@ -31,7 +31,7 @@ def shuffled(population: int, start: int, count: int, seed: int, purpose: str) -
 
 @dataclass
 class Batch:
-    """B prompts with a completion each, as token ids, and for GRPO what its loss needs beside them.
+    """B prompts with a completion each, as token ids, and for GRPO what its loss needs, on the model's device.
 
     What belongs to tokens is flat, over the N completion tokens of the batch in order. No mask depends on token values.
     """
@@ -84,7 +84,8 @@ def micro_batches(batch: Batch, max_tokens: int, device: torch.device) -> list[M
     by_prompt = sorted(range(len(group)), key=lambda i: (prompt_lengths[i], group[i], read_lengths[i]))
     cuts = [pack_by_tokens(order, tokens_read, max_tokens) for order in (by_completion, by_prompt)]
     best = min(cuts, key=lambda pieces: sum(map(tokens_read, pieces)))
-    return [collate(batch, piece, device) for piece in best if any(batch.completions[i] for i in piece)]
+    before = [0, *accumulate(map(len, batch.completions))]  # completion tokens before each sequence
+    return [collate(batch, piece, before, device) for piece in best if any(batch.completions[i] for i in piece)]
 
 
 def pack_by_tokens(order: list[int], tokens_read: Callable[[list[int]], int], max_tokens: int) -> list[list[int]]:
@@ -98,8 +99,8 @@ def pack_by_tokens(order: list[int], tokens_read: Callable[[list[int]], int], ma
     return pieces
 
 
-def collate(batch: Batch, piece: list[int], device: torch.device) -> MicroBatch:
-    """The sequences `piece` of a batch as tensors."""
+def collate(batch: Batch, piece: list[int], before: list[int], device: torch.device) -> MicroBatch:
+    """The sequences `piece` of a batch as tensors; before [B + 1]: how many tokens of the batch come before each."""
     prompts = list(dict.fromkeys(tuple(batch.prompts[i]) for i in piece))
     completions = [batch.completions[i] for i in piece]
     read = [completion[:-1] for completion in completions]
@@ -112,7 +113,6 @@ def collate(batch: Batch, piece: list[int], device: torch.device) -> MicroBatch:
         prompts = [(*prompt, *rest) for prompt, rest in zip(prompts, read, strict=True)]
         read = [[]] * len(piece)
     lengths = list(map(len, completions))
-    before = [0, *accumulate(map(len, batch.completions))]  # tokens of the batch before each sequence
     flat = {
         "prompt_lengths": map(len, prompts),
         "prompt_index": prompt_index,

@@ -59,16 +59,12 @@ class RunConfig:
     vocab_size: int = option(1024, "from scratch: size of the vocabulary at most", low=257)
     compile: bool = resumable(False, "torch.compile for training: minutes at the first steps, faster ones after")
 
-    max_new_tokens: int = option(
-        0, "tokens per completion; 0: 5/4 of the longest demonstration", group="lengths, memory"
-    )
+    max_new_tokens: int = option(0, "tokens per completion; 0: 5/4 of the longest demonstration", group="sizes")
     max_prompt_tokens: int = option(0, "longer prompts are dropped; 0: what --max-new-tokens leaves of the context")
     max_demonstration_tokens: int = option(0, "longer demonstrations are dropped; 0: what the context leaves")
     gradient_checkpointing: bool = resumable(False, "recompute activations in backward: less memory, more time")
     tokens_per_microbatch: int = resumable(0, "tokens, padding included, at once; 0: 2048 on a CPU, 16384 on CUDA")
-    rollout_memory: float = resumable(
-        0.0, "GB for the cache of a rollout, more in further chunks; 0: 80% of what is free"
-    )
+    rollout_memory: float = resumable(0.0, "GB for a rollout's cache, more goes in chunks; 0: 80% of what is free")
     offload_reference: bool = resumable(False, "keep the reference policy in CPU memory while it is not needed")
 
     eval_every: int = resumable(125, "steps between evaluations; 0: around the stages only", group="evaluation, files")

@@ -63,7 +63,7 @@ class Run:
             (folder.path / "summary.json").unlink(missing_ok=True)  # of a run that was finished, and is no longer
             with trainer.interrupt, trainer.progress:
                 trainer.progress.say(headline(trainer, folder.path))
-                if trainer.state.step == self.config.total_steps:  # nothing to do but to save in another type
+                if trainer.state.step == self.config.total_steps and not trainer.state.pending:  # no step will save it
                     folder.replace_folder("model", partial(save_model, trainer))
                 try:
                     yield

@@ -1,13 +1,9 @@
 """The other ways to mix SFT and RL: their p_t by hand, and one that a user adds."""
 
-from pathlib import Path
-
 import pytest
 
 from baselines import SCHEDULES, may_choose_sft
 from sasr import Config, make_controller
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,11 @@ def may_choose_sft(config) -> bool:
         return config.steps > 0
     p = SCHEDULES[config.controller](config)
     return any(p(t) > 0 for t in range(config.steps))
+
+
+def may_choose_grpo(config) -> bool:
+    """Whether any step of the adaptive stage can be a GRPO step."""
+    if config.controller not in SCHEDULES:
+        return config.steps > 0
+    p = SCHEDULES[config.controller](config)
+    return any(p(t) < 1 for t in range(config.steps))

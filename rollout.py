@@ -51,12 +51,15 @@ class SamplingParams:
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
     stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # of tokens, which end a completion as a stop token does
 
     def __post_init__(self):
         check_number("max_new_tokens", self.max_new_tokens, 1, math.inf)
         check_number("top_k", self.top_k, 0, math.inf)
         if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
             raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or lie in [{MIN_TEMPERATURE}, inf)")
+        if not all(self.stop_sequences):
+            raise ValueError("stop_sequences: an empty one would end every completion")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p}: must lie in (0, 1]")
 
@@ -150,6 +153,7 @@ class Sampler:
         self.logprobs = torch.zeros(total, params.max_new_tokens + 1, device=device)
         self.logits = model.head.new_empty(total, len(model.head)) if device.type == "cpu" else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
+        self.stop_sequences = [torch.tensor(stop, device=device) for stop in params.stop_sequences]
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all graphs
 
@@ -254,6 +258,10 @@ class Sampler:
         self.logprobs[index, column] = logprob
         self.lengths[index] = length + active
         stopped = (token[:, None] == self.stops).any(-1)
+        for stop in self.stop_sequences:
+            places = (length[:, None] + torch.arange(1 - len(stop), 1, device=stop.device)).clamp(min=0)  # of the last
+            written = (self.tokens[index[:, None], places] == stop).all(-1)
+            stopped = stopped | (written & (length + 1 >= len(stop)))
         self.active[index] = active & ~stopped & (length + 1 < self.params.max_new_tokens)
 
 
@@ -324,7 +332,8 @@ def generate(
         completions += chunk[0]
         logprobs += chunk[1]
         chunks += 1
-    finished = [completion[-1] in params.stop_token_ids for completion in completions]
+    ends = [(stop,) for stop in params.stop_token_ids] + list(params.stop_sequences)
+    finished = [any(tuple(completion[-len(end) :]) == end for end in ends) for completion in completions]
     return Rollout(completions, logprobs, finished, chunks)
 
 
@@ -366,6 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", help="text to answer (default: standard input; on a terminal, a conversation)")
     parser.add_argument("--prompt-format", default="auto", choices=("auto", "raw", "chat"), help="(default auto)")
     parser.add_argument("--system", default="", help="system message of a chat (default: the template's own)")
+    parser.add_argument("--template-args", default="", help="JSON object of further variables of the chat template")
     parser.add_argument("--samples", type=int, default=1, help="answers to draw; one is streamed (default 1)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens an answer at most (default 512)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
@@ -378,9 +388,11 @@ def main(argv: list[str] | None = None) -> int:
         check_number("--samples", args.samples, 1, 10**6)
         check_number("--seed", args.seed, 0, 2**63 - 1)
         path, device = resolve_checkpoint(args.model), resolve_device(args.device)
-        codec = Codec.from_pretrained(path, prompt_format=args.prompt_format, system=args.system)
+        prompts = {name: getattr(args, name) for name in ("prompt_format", "system", "template_args")}
+        codec = Codec.from_pretrained(path, **prompts)
         model = Transformer.from_pretrained(path, device=device)
-        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, codec.stop_token_ids)
+        drawing = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+        params = SamplingParams(args.max_new_tokens, **drawing, **codec.stops)
         generator = torch.Generator(device).manual_seed(args.seed)
         if args.prompt is None and sys.stdin.isatty():
             converse(model, codec, params, generator)
@@ -434,10 +446,12 @@ def answer(
 ) -> list[str]:
     """Print and return answers to a conversation; a single one appears token by token."""
     printed = ""
+    kept_back = max(map(len, params.stop_sequences), default=1) - 1  # tokens that may turn out to end the answer
 
     def stream(completions: list[list[int]]) -> None:
         nonlocal printed
-        text = codec.decode(completions)[0].rstrip("\ufffd")  # a character's last bytes may still be missing
+        written = [completion[: max(len(completion) - kept_back, 0)] for completion in completions]
+        text = codec.decode(written)[0].rstrip("\ufffd")  # a character's last bytes may still be missing
         if len(text) > len(printed):  # it can be shorter while the last character is incomplete
             print(text[len(printed) :], end="", flush=True)
             printed = text

@@ -49,12 +49,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels
-from baselines import SCHEDULES, Schedule, may_choose_sft
+from baselines import SCHEDULES, Schedule, may_choose_grpo, may_choose_sft
+from data import Grade
 from data.batch import Batch, MicroBatch, TokenBudget, default_max_tokens, micro_batches, rng_for, shuffled
 from data.tokenized import TokenizedTask
 from model import Transformer, completion_hidden
@@ -94,6 +96,7 @@ class Config(RunConfig):
 
     prompts_per_step: int = option(8, "prompts per GRPO step", low=1, group="GRPO")
     group_size: int = option(8, "completions per prompt", low=1)
+    resample_groups: int = option(0, "times to draw other prompts for groups without a signal (DAPO: 2503.14476)")
     temperature: float = option(1.0, "of the samples; the loss scores the same distribution", low=MIN_TEMPERATURE)
     advantage: str = option(
         "zscore", "equation (4); centered: undivided; median: +1 or -1", choices=("zscore", "centered", "median")
@@ -125,6 +128,8 @@ class Config(RunConfig):
         sft_steps, _, grpo_steps = self.alternate.partition(":")
         if not (sft_steps.isdecimal() and grpo_steps.isdecimal() and int(sft_steps) + int(grpo_steps) > 0):
             raise ValueError(f"--alternate {self.alternate}: expected SFT:GRPO, two whole numbers such as 2:1")
+        if self.group_size == 1 and may_choose_grpo(self):
+            raise ValueError("--group-size 1: a sample alone in its group has advantage 0, so GRPO needs 2 or more")
 
 
 # ============================================================================= the loop
@@ -176,6 +181,8 @@ class State:
     bad_steps: int = 0  # dropped: see BadStep
     bad_in_a_row: int = 0
     reward_failures: int = 0  # completions whose verifier failed, evaluations included
+    grpo_skipped: int = 0  # GRPO steps that learnt nothing, as no group had a signal; they count in grpo_steps too
+    extra_rollouts: int = 0  # beyond one a GRPO step: see --resample-groups
     seconds: dict = field(default_factory=lambda: {"warmup": 0.0, "sft": 0.0, "grpo": 0.0, "eval": 0.0})
     accuracy: dict = field(default_factory=dict)  # accuracy_before, _warmup, _final, and each with _ood
     scores: dict = field(default_factory=dict)  # of the last evaluation
@@ -188,6 +195,7 @@ class State:
         self.step += 1
         self.sft_steps += adaptive and record["kind"] == "sft"
         self.grpo_steps += adaptive and record["kind"] == "grpo"
+        self.grpo_skipped += record.get("signal_groups") == 0
         self.seconds[record["kind"] if adaptive else "warmup"] += seconds
         self.pending = record | {"seconds": seconds}
 
@@ -215,8 +223,7 @@ class Trainer(Setup):
             if self.sampler is self.model:
                 self.sampler = copy.copy(self.model)  # the same weights; sampling is slower when compiled
             self.model.compile(dynamic=True)
-        stops = self.codec.stop_token_ids
-        self.sampling = SamplingParams(self.task.max_new_tokens, config.temperature, stop_token_ids=stops)
+        self.sampling = SamplingParams(self.task.max_new_tokens, config.temperature, **self.codec.stops)
         self.samplers: dict = {}  # buffers and CUDA graphs, kept from one rollout to the next
         self.chunks = 1  # the largest number of chunks that a rollout has needed so far
         self.reference: Transformer | None = None
@@ -400,25 +407,22 @@ def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Te
 def grpo_step(trainer: Trainer, record: dict) -> None:
     """Sample G completions for each of Q prompts, reward them, follow the advantages. Measures go into `record`."""
     config, task = trainer.config, trainer.task
-    # 1. Sample.
-    start = trainer.state.grpo_steps * config.prompts_per_step
-    chosen = shuffled(len(task.train_prompts), start, config.prompts_per_step, config.seed, "prompts")
-    rollout = sample(trainer, [task.train_prompts[i] for i in chosen])
-    # 2. Reward, and compare with the group.
-    rewards = compute_rewards(trainer, rollout, chosen, record)  # [Q, G]
-    advantages = group_advantages(rewards, config.advantage, config.advantage_eps).flatten()  # [Q*G]
-    if not advantages.any():  # no group has a signal: the step is skipped, as said at the top
+    # 1. Sample and reward.
+    samples, rewards = draw_groups(trainer, record)  # [Q*G], [Q, G]
+    if not record["signal_groups"]:  # the step is skipped, as said at the top
         return
+    # 2. Compare with the group.
+    advantages = group_advantages(rewards, config.advantage, config.advantage_eps).flatten()  # [Q*G]
     # 3. What the loss compares with. Without a KL term a completion of advantage 0 has no gradient: it is left out of
     # the update (and of the means of entropy and the like), but counts in the denominators all the same.
     kept = [i for i, a in enumerate(advantages.tolist()) if a != 0 or trainer.reference is not None]
     batch = Batch(
-        [task.train_prompts[chosen[i // config.group_size]] for i in kept],
-        [rollout.completions[i] for i in kept],
+        [task.train_prompts[samples[i].prompt] for i in kept],
+        [samples[i].tokens for i in kept],
         config.temperature,
-        loss_denominators(rollout.completions, config.loss_aggregation, task.max_new_tokens)[kept],
+        loss_denominators([s.tokens for s in samples], config.loss_aggregation, task.max_new_tokens)[kept],
         advantages[kept].to(trainer.device),
-        sampled_logprobs=torch.tensor([p for i in kept for p in rollout.logprobs[i]], device=trainer.device),  # [N]
+        sampled_logprobs=torch.tensor([p for i in kept for p in samples[i].logprobs], device=trainer.device),  # [N]
     )
     if config.inner_updates > 1:
         batch.old_logprobs = trainer.budget.retry_on_oom(compute_logprobs, trainer.model, batch)
@@ -432,11 +436,42 @@ def grpo_step(trainer: Trainer, record: dict) -> None:
     record["sampler_gap"] = updates[0]["sampler_gap"]  # later ones have moved on
 
 
-def sample(trainer: Trainer, prompts: list[list[int]]) -> Rollout:
-    """A group of completions for each prompt, from the policy as it is now."""
+class Sample(NamedTuple):
+    """A completion that the policy wrote, and what it is worth."""
+
+    prompt: int  # which of the training prompts
+    tokens: list[int]
+    logprobs: list[float]  # as the sampler gave them
+    finished: bool  # False: cut off at max_new_tokens
+    grade: Grade
+
+
+def draw_groups(trainer: Trainer, record: dict) -> tuple[list[Sample], Tensor]:
+    """The batch: G samples of each of Q prompts, prompt-major, and their rewards [Q, G].
+
+    With --resample-groups N, only groups with a signal (DAPO's dynamic sampling, arXiv 2503.14476): up to N times, Q
+    further prompts are drawn, until Q or more have one. What is left out counts in the measures, but not in the loss.
+    """
+    config, task, state, samples = trainer.config, trainer.task, trainer.state, []
+    for attempt in range(1 + config.resample_groups):
+        state.extra_rollouts += attempt > 0
+        start = (state.grpo_steps + state.extra_rollouts) * config.prompts_per_step
+        chosen = shuffled(len(task.train_prompts), start, config.prompts_per_step, config.seed, "prompts")
+        samples += grade_rollout(trainer, chosen, sample(trainer, [task.train_prompts[i] for i in chosen], attempt))
+        rewards = compute_rewards(trainer, samples, record)  # [groups drawn, G]
+        kept = group_advantages(rewards, config.advantage).any(dim=1).nonzero().flatten().tolist()
+        if len(kept) >= config.prompts_per_step:
+            break
+    record |= {"prompts_drawn": len(rewards), "signal_groups": len(kept)}
+    kept = kept[: config.prompts_per_step] if config.resample_groups else list(range(len(rewards)))
+    return [samples[q * config.group_size + g] for q in kept for g in range(config.group_size)], rewards[kept]
+
+
+def sample(trainer: Trainer, prompts: list[list[int]], attempt: int = 0) -> Rollout:
+    """A group of completions for each prompt, from the policy as it is now; others at each attempt of a step."""
     config = trainer.config
     refresh_sampler(trainer)
-    seed = int(rng_for(config.seed, "samples", trainer.state.step).integers(2**63))
+    seed = int(rng_for(config.seed, "samples", trainer.state.step).integers(2**63, size=attempt + 1)[-1])
     generator = torch.Generator(trainer.device).manual_seed(seed)
     memory = {"memory_limit": int(1e9 * config.rollout_memory), "samplers": trainer.samplers}
     draw = {"group_size": config.group_size, "generator": generator}
@@ -456,29 +491,38 @@ def refresh_sampler(trainer: Trainer) -> None:
             copied.copy_(trained)
 
 
-def compute_rewards(trainer: Trainer, rollout: Rollout, chosen: list[int], record: dict) -> Tensor:
-    """[Q, G] in the order of the rollout. Raises BadStep where sampler or verifier failed altogether."""
-    group_size, completions = trainer.config.group_size, rollout.completions
-    examples = [trainer.task.train[i] for i in chosen for _ in range(group_size)]
-    texts = trainer.codec.decode(completions)
-    grades = [trainer.task.source.grade(text, example) for text, example in zip(texts, examples, strict=True)]
-    rewards = torch.tensor([grade.reward for grade in grades]).view(len(chosen), group_size)  # [Q, G]
-    tokens, failures = sum(map(len, completions)), sum(grade.failed for grade in grades)
+def grade_rollout(trainer: Trainer, chosen: list[int], rollout: Rollout) -> list[Sample]:
+    """What the verifier says of a group for each of the chosen prompts."""
+    prompts = [i for i in chosen for _ in range(trainer.config.group_size)]
+    texts = trainer.codec.decode(rollout.completions)
+    grades = [trainer.task.source.grade(text, trainer.task.train[i]) for text, i in zip(texts, prompts, strict=True)]
+    trainer.state.reward_failures += sum(grade.failed for grade in grades)
+    return list(map(Sample, prompts, rollout.completions, rollout.logprobs, rollout.finished, grades))
+
+
+def compute_rewards(trainer: Trainer, samples: list[Sample], record: dict) -> Tensor:
+    """[Q, G] in the order of the samples. Raises BadStep where sampler or verifier failed altogether."""
+    grades, count = [s.grade for s in samples], len(samples)
+    rewards = torch.tensor([grade.reward for grade in grades]).view(-1, trainer.config.group_size)  # [Q, G]
+    correct = torch.tensor([grade.correct for grade in grades]).view_as(rewards)  # [Q, G]
+    tokens, failures = sum(len(s.tokens) for s in samples), sum(grade.failed for grade in grades)
     record |= {"loss": 0.0, "grad_norm": 0.0, "tokens": tokens, "reward_failures": failures}
     record |= {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(dim=1, correction=0).mean().item()}
     record["zero_variance_fraction"] = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
-    record["completion_length"] = tokens / len(completions)
-    record["truncated_fraction"] = 1 - sum(rollout.finished) / len(completions)
+    record["all_right_fraction"] = correct.all(dim=1).float().mean().item()  # of the groups
+    record["all_wrong_fraction"] = (~correct.any(dim=1)).float().mean().item()
+    record["completion_length"] = tokens / count
+    record["truncated_fraction"] = 1 - sum(s.finished for s in samples) / count
+    record["unparsed_fraction"] = 1 - sum(grade.well_formed for grade in grades) / count
     ratios = ("ratio_mean", "ratio_max", "clip_fraction", "clip_low_fraction", "clip_high_fraction")
     record |= dict.fromkeys((*ratios, "kl", "entropy", "sampler_gap", "padding_fraction"))  # null without an update
     trainer.state.reward = record["reward_mean"]
-    trainer.state.reward_failures += failures
-    finite = math.isfinite(sum(map(sum, rollout.logprobs)))  # if not, the model itself gave no probabilities
-    if not finite or failures == len(completions):
+    finite = math.isfinite(sum(sum(s.logprobs) for s in samples))  # if not, the model itself gave no probabilities
+    if not finite or failures == count:
         record["grad_norm"] = math.nan
         reason = "the verifier failed for every completion" if finite else "the sampler's probabilities are not finite"
-        prompts = [trainer.task.train_prompts[i] for i in chosen for _ in range(group_size)]
-        raise BadStep(reason, record, Batch(prompts, completions))
+        prompts = [trainer.task.train_prompts[s.prompt] for s in samples]
+        raise BadStep(reason, record, Batch(prompts, [s.tokens for s in samples]))
     return rewards
 
 

@@ -1,4 +1,4 @@
-"""Draw what happened in one or more runs: p_t, the SFT gradient norm, reward and accuracy over the steps.
+"""Draw what happened in one or more runs: p_t, SFT gradient norm, reward, accuracy, and what GRPO had to learn from.
 
     python benchmarks/plot.py runs/x [runs/y ...] --out picture.png
 
@@ -56,22 +56,26 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def draw(axis, records: list[dict], key: str, label: str, colour, width: int, kind: str | None = None) -> None:
+def draw(axis, records: list[dict], key: str, label: str, colour, width: int, kind=None, style="-") -> None:
     steps, values = series(records, key, kind)
     if len(steps):
         axis.plot(steps, values, ".", markersize=2.5, alpha=0.3, color=colour)
-        axis.plot(steps, smooth(values, width), color=colour, label=label)
+        axis.plot(steps, smooth(values, width), style, color=colour, label=label)
 
 
 def picture(runs: list[Path], width: int):
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), sharex=True, constrained_layout=True)
-    decision, norms, rewards, accuracy = axes.flat
+    figure, axes = plt.subplots(3, 2, figsize=(11, 9.2), sharex=True, constrained_layout=True)
+    decision, norms, rewards, accuracy, groups, completions = axes.flat
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for index, run in enumerate(runs):
         records, colour, name = read_metrics(run), colours[index % len(colours)], run.name
         draw(decision, records, "p_sft", name, colour, width)
         draw(norms, records, "grad_norm", f"{name}: SFT", colour, width, "sft")
         draw(rewards, records, "reward_mean", name, colour, width)
+        draw(groups, records, "all_right_fraction", f"{name}: all right", colour, width)
+        draw(groups, records, "all_wrong_fraction", f"{name}: all wrong", colour, width, style="--")
+        draw(completions, records, "truncated_fraction", f"{name}: cut off", colour, width)
+        draw(completions, records, "unparsed_fraction", f"{name}: no answer found", colour, width, style="--")
         summary = read_summary(run)
         if summary.get("g_warmup") is not None:
             norms.axhline(summary["g_warmup"], color=colour, linestyle=":", linewidth=1)
@@ -90,6 +94,8 @@ def picture(runs: list[Path], width: int):
         (norms, "gradient norm of the SFT loss"),
         (rewards, "mean reward of the GRPO samples"),
         (accuracy, "greedy accuracy on unseen problems, %"),
+        (groups, "share of GRPO groups that are all right or all wrong"),
+        (completions, "share of GRPO completions cut off, or without an answer"),
     ):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
@@ -97,9 +103,10 @@ def picture(runs: list[Path], width: int):
             axis.legend(fontsize=8)
     decision.set_ylim(0, 1)
     norms.set_yscale("log")
-    rewards.set_ylim(0, 1)
+    for axis in (rewards, groups, completions):
+        axis.set_ylim(0, 1)
     accuracy.set_ylim(0, 100)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step (warm-up shaded)")
     return figure
 

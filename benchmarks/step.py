@@ -136,7 +136,7 @@ def of_this_project(request: dict) -> dict:
     with mock.patch.multiple(
         sasr,
         sample=timed(phases, "rollout", sasr.sample),
-        compute_rewards=timed(phases, "rewards", sasr.compute_rewards),
+        grade_rollout=timed(phases, "rewards", sasr.grade_rollout),
         compute_logprobs=timed(phases, "log-probs", sasr.compute_logprobs),
     ):
         for _ in range(request["steps"]):

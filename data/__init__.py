@@ -16,7 +16,7 @@ __all__ = ["TASKS", "Example", "Grade", "Task", "load_reward", "load_task", "tas
 TASKS = {"knights-knaves": "knights_knaves", "countdown": "countdown", "gsm8k": "gsm8k"}
 TASKS |= {"math": "competition_math", "jsonl": "jsonl"}
 # Beyond the training domain, in its vocabulary: claims of three operands instead of two, four numbers instead of three.
-OOD_TASKS = {"knights-knaves": "knights-knaves:width=3,train_size=1", "countdown": "countdown:numbers=4,train_size=1"}
+OOD_TASKS = {"knights-knaves": ("width", 3), "countdown": ("numbers", 4)}
 
 
 def task_module(name: str) -> ModuleType:

@@ -24,16 +24,17 @@ MAX_ADDED, MAX_ADDED_PER_MESSAGE = 20_000, 200  # characters around the messages
 
 
 class ChatTemplate:
-    def __init__(self, source: str, special_tokens: dict[str, str], origin: Path):
-        """special_tokens: what the template may use by name, such as bos_token. `origin` is named in errors."""
+    def __init__(self, source: str, special_tokens: dict[str, str], origin: Path, date: str = ""):
+        """special_tokens: usable by name, such as bos_token. origin: named in errors. date: of today, in ISO 8601."""
         self.source, self.special_tokens, self.origin = source, special_tokens, origin
+        self.date = date or datetime.now().isoformat()  # the same for all that is rendered
         if len(source) > MAX_TEMPLATE:
             raise ValueError(f"{origin}: the chat template has {len(source)} characters, more than {MAX_TEMPLATE}")
 
     def render(self, conversations: list[list[dict]], *, add_generation_prompt: bool) -> list[str]:
         """One string a conversation. Raises ValueError naming the file whose template fails, or does not end."""
         variables = self.special_tokens | {"add_generation_prompt": add_generation_prompt}
-        same = {"source": self.source, "variables": variables, "now": datetime.now().isoformat()}
+        same = {"source": self.source, "variables": variables, "now": self.date}
         parts = [conversations[start : start + BATCH] for start in range(0, len(conversations), BATCH)]
         try:
             return [text for part in parts for text in renderer().ask(conversations=part, **same)["texts"]]

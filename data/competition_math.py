@@ -12,10 +12,11 @@ The last balanced box counts, as in the sources, but an empty \boxed{} (the prom
 judged by latex.py, or by math-verify (`verifier="math-verify"`), which hands both answers to a computer algebra system.
 """
 
+import re
 from collections.abc import Callable
 
 from .latex import MAX_LENGTH, equivalent, last_boxed
-from .task import Example, Grade, outcome_grade, required_text
+from .task import Example, Grade, outcome_grade, outside_cut_thought, required_text
 
 PUBLISHED = "MATH is published as hendrycks/math on GitHub, 500 problems as HuggingFaceH4/MATH-500 on Hugging Face"
 INSTRUCTION = "Work through the problem step by step and give the final answer within \\boxed{}."
@@ -26,22 +27,32 @@ def parse_record(record: dict) -> Example:
     r"""A published record {"problem", "solution", "level": "Level 3", "type"}, or one of MATH-500, where `level` is 3.
 
     The solution is the demonstration, and its last box holds the answer. A field `answer`, where a record has it, must
-    be equivalent to that. Raises KeyError, ValueError or TypeError with a reason that names the field.
+    be equivalent to that. An answer that is not graded as right itself is an error. Raises KeyError, ValueError or
+    TypeError with a reason that names the field.
     """
     problem, solution, level = required_text(record, "problem"), required_text(record, "solution"), record.get("level")
     answer = last_boxed(solution)
     if answer is None:
         raise ValueError(f"solution must have the answer in a \\boxed{{}}, but ends in {solution[-60:]!r}")
-    if "answer" in record and not equivalent(required_text(record, "answer"), answer):
+    if "answer" in record and not equivalent(bare_answer(required_text(record, "answer")), answer):
         raise ValueError(f"answer {record['answer']!r} is not what the solution has in its last box, {answer!r}")
     if isinstance(level, bool) or not isinstance(level, str | int | None):
         raise TypeError(f"level must be a text, an integer or absent, got {level!r}")
     group = f"Level {level}" if isinstance(level, int) else level or ""
-    return Example(f"{problem.rstrip()}\n{INSTRUCTION}\n", answer, solution, group)
+    example = Example(f"{problem.rstrip()}\n{INSTRUCTION}\n", answer, solution, group)
+    if not grade(solution, example).correct:
+        raise ValueError(f"solution is not graded as right itself; its last box holds {answer!r}")
+    return example
+
+
+def bare_answer(text: str) -> str:
+    r"""What the last box of a text holds, else what stands between the $ $, \( \) or \[ \] around it, else the text."""
+    enclosed = re.fullmatch(r"\s*(?:\$+([^$]+)\$+|\\\((.+)\\\)|\\\[(.+)\\\])\s*", text, re.DOTALL)
+    return last_boxed(text) or (enclosed[enclosed.lastindex] if enclosed else text).strip()
 
 
 def grade(completion: str, example: Example, *, verifier: str = "rules") -> Grade:
-    """Compare the last box of a completion with the answer. Well formed: there is a box with something in it.
+    """Compare the last box of a completion with the bare answer. Well formed: there is a box with something in it.
 
     verifier: "rules" is `equivalent`, in linear time; "math-verify" asks the package of that name, which may take
     seconds an answer and works in the main thread only. Raises ValueError for another one and for a missing package.
@@ -49,8 +60,9 @@ def grade(completion: str, example: Example, *, verifier: str = "rules") -> Grad
     if verifier not in VERIFIERS:
         raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     same = equivalent if verifier == "rules" else math_verify()
-    answer = last_boxed(completion)
-    return outcome_grade(correct=answer is not None and same(example.answer, answer), well_formed=answer is not None)
+    answer = last_boxed(outside_cut_thought(completion))
+    correct = answer is not None and same(bare_answer(example.answer), answer)
+    return outcome_grade(correct, well_formed=answer is not None)
 
 
 def math_verify() -> Callable[[str, str], bool]:
@@ -62,6 +74,8 @@ def math_verify() -> Callable[[str, str], bool]:
         raise ValueError(f"verifier math-verify needs its package, which is missing: {fix}") from None
 
     def same(gold: str, answer: str) -> bool:
-        return len(answer) <= MAX_LENGTH and bool(verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer))))
+        if len(answer) > MAX_LENGTH or gold.strip() == answer.strip():
+            return gold.strip() == answer.strip()
+        return bool(verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer))))
 
     return same

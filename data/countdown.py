@@ -12,8 +12,7 @@ The task is the one of TinyZero (Jiayi-Pan/TinyZero) and of "Stream of Search" (
 Where this departs from its sources, and why:
 
 - The verifier computes in exact fractions what Python's parser read. TinyZero runs a model's text with `eval` and
-  compares floats to 1e-5. A second answer pair is malformed here, where TinyZero grades the last one: a policy must
-  not be rewarded for guessing many times.
+  compares floats to 1e-5. As there, the last answer pair counts, whatever was guessed before it.
 - No partial reward for a well-formed wrong answer (TinyZero gives 0.1): every task here rewards outcomes only.
 - A stream of search takes thousands of tokens. Here a line is one complete path, and a trace is at most MAX_DEAD_ENDS
   failed paths, then the first that succeeds: a small model learns where to look, and which path comes next.
@@ -46,7 +45,8 @@ MAX_NUMBER = 10**MAX_DIGITS - 1
 
 Term = tuple[int, str]  # a number that is left: its value, and the expression that made it, in parentheses
 APPLY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-ASCII = str.maketrans("×÷−", "*/-")
+ASCII = str.maketrans("×·⋅÷−–", "***/--", "`$")
+COMMANDS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", r"\(": "", r"\)": ""}
 
 
 def generate(
@@ -108,11 +108,11 @@ def generate(
 
 
 def parse_record(record: dict) -> Example:
-    """A published record {"numbers": [44, 19, 35], "target": 98, "answer": "..."}.
+    """A published record {"numbers": [44, 19, 35], "target": 98, "answer": "..."}, or with `nums` for `numbers`.
 
     `answer`, where a record has it, is the demonstration, verbatim. Raises KeyError or ValueError with the reason.
     """
-    given, target = record["numbers"], record["target"]
+    given, target = record["nums" if "nums" in record else "numbers"], record["target"]
     if not isinstance(given, list) or len(given) < 2:
         raise ValueError(f"numbers must be a list of at least two integers, got {given!r}")
     for number in given:
@@ -170,15 +170,18 @@ def demonstrate(opening: list[str], start: Sequence[Term], target: int, limit: i
 
 
 def grade(completion: str, example: Example) -> Grade:
-    """Judge the expression in the one <answer> ... </answer> pair of a completion; text around it is free.
+    """Judge the expression in the last <answer> ... </answer> pair of a completion; text around it is free.
 
-    Well formed: exactly one pair, holding an expression that parses, maybe followed by "= integer". Correct: also each
-    given number is used exactly once, the value is the target, and so is the integer after "=" if there is one.
+    Well formed: a pair that holds an expression that parses, maybe followed by "= integer". Correct: also each given
+    number is used exactly once, the value is the target, and so is the integer after "=" if there is one.
     Any text is graded, in time linear in its length, without an error.
     """
     listed, _, target = example.answer.partition(" = ")
-    expression, equals, claim = (tagged_answer(completion) or "").partition("=")
-    claim = claim.strip()
+    written = (tagged_answer(completion) or "").translate(ASCII)
+    for command, symbol in COMMANDS.items():
+        written = written.replace(command, symbol)
+    expression, equals, claim = written.partition("=")
+    claim = claim.strip().removesuffix(".")
     try:
         value, used = evaluate(expression)
         if equals and not re.fullmatch(rf"-?[0-9]{{1,{MAX_DIGITS}}}", claim):
@@ -196,7 +199,7 @@ def evaluate(expression: str) -> tuple[Fraction | None, list[int]]:
     It may hold whole numbers, + - * /, parentheses and blanks, but no sign, decimal point or exponent. Python's parser
     reads it, and none of it runs. Raises ValueError with the reason for anything else.
     """
-    text = re.sub(r"\s", " ", expression.strip().translate(ASCII))
+    text = re.sub(r"\s", " ", expression.strip())
     if len(text) > MAX_LENGTH:
         raise ValueError(f"the expression has {len(text)} characters, more than {MAX_LENGTH}")
     if foreign := re.search(r"[^0-9 +*/()-]", text):  # [0-9], because \d and int() also take fullwidth digits

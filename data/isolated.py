@@ -144,5 +144,5 @@ def answer_requests(make: Callable[[], Callable[..., dict]]) -> None:
 def make_verifier(task: str, options: dict, reward: str) -> Callable[..., dict]:
     from . import task_module
 
-    verify, options = (load_reward(reward), {}) if reward else (task_module(task).grade, options)
+    verify, options = (load_reward(reward, alone=True), {}) if reward else (task_module(task).grade, options)
     return lambda completion, example: vars(verify(completion, Example(**example), **options))

@@ -3,10 +3,11 @@
     {"prompt": "What is 17 + 25?\\n", "answer": 42, "demonstration": "17 + 25 = 42\\n<answer>42</answer>"}
 
 The prompt and the demonstration go to the model as they are. `verifier` is how a completion is compared with the
-answer; "there" is inside the one pair <answer> ... </answer>, or in all of a completion that has no such tag.
+answer; "there" is inside the last pair <answer> ... </answer>, or in all of a completion that has no such tag.
 
     exact      the text there is the answer, blanks around both aside
-    numeric    the last number there equals the answer as an exact decimal: 18, 18.00 and $18 are one number
+    numeric    the number inside the tags, or the last one of a completion without, has the answer's value: 18, 18.00,
+               $18 and 36/2 are one number (`numbers.py`)
     regex      the answer is a regular expression, and it matches somewhere in the completion
     math       the last \\boxed{...} of the completion is the answer, as in the task "math"
 """
@@ -14,8 +15,8 @@ answer; "there" is inside the one pair <answer> ... </answer>, or in all of a co
 import re
 from decimal import Decimal
 
-from .gsm8k import last_number, leading_number
-from .task import Example, Grade, outcome_grade, required_text, tagged_answer
+from .numbers import last_number, read_number
+from .task import Example, Grade, outcome_grade, outside_cut_thought, required_text, tagged_answer
 
 PUBLISHED = 'your own records, an object a line, like {"prompt": "What is 17 + 25?", "answer": "42", "demonstration": '
 PUBLISHED += '"17 + 25 = 42"}; the demonstration may be missing, and options of these names rename the fields'
@@ -32,15 +33,17 @@ def parse_record(
 ) -> Example:
     """One record; the options are the names of its fields, and the verifier that its answer has to suit.
 
-    The answer is a text or a number, which stands for its digits (0.00001, not 1e-05), but not true or false, which
-    have no one spelling. A demonstration may be absent or null. Raises KeyError or ValueError with the reason.
+    The answer is a text or a number, which stands for its shortest digits (42 for 42.0; 0.00001, not 1e-05), but not
+    true or false, which have no one spelling. A demonstration may be absent or null. An answer that is not graded as
+    right itself is an error. Raises KeyError or ValueError with the reason.
     """
     right = record[answer]
     if isinstance(right, (int, float)) and not isinstance(right, bool) and Decimal(right).is_finite():
-        right = format(Decimal(str(right)), "f")
+        right = format(Decimal(str(right or 0)), "f")  # or 0, since -0 is 0
+        right = right.rstrip("0").rstrip(".") if "." in right else right
     elif not (isinstance(right, str) and right.strip()):
         raise ValueError(f"{answer} must be a number or a text that is not empty, got {right!r}")
-    if verifier == "numeric" and leading_number(right) is None:
+    if verifier == "numeric" and read_number(right) is None:
         raise ValueError(f"{answer} must be a number for the verifier 'numeric', got {right!r}")
     if verifier == "regex":
         try:
@@ -48,7 +51,11 @@ def parse_record(
         except (re.error, OverflowError) as error:
             raise ValueError(f"{answer} must be a regular expression, got {right!r}: {error}") from None
     worked = None if record.get(demonstration) is None else required_text(record, demonstration)
-    return Example(required_text(record, prompt), right, worked)
+    example = Example(required_text(record, prompt), right, worked)
+    stated = f"\\boxed{{{right}}}" if verifier == "math" else f"<answer>{right}</answer>"
+    if verifier != "regex" and not grade(stated, example, verifier=verifier).correct:
+        raise ValueError(f"{answer} is not graded as right itself by the verifier {verifier!r}, got {right!r}")
+    return example
 
 
 def grade(completion: str, example: Example, *, verifier: str = "exact") -> Grade:
@@ -64,8 +71,10 @@ def grade(completion: str, example: Example, *, verifier: str = "exact") -> Grad
         return competition_math.grade(completion, example)
     if verifier == "regex":
         return outcome_grade(re.search(example.answer, completion) is not None, well_formed=True)
-    found = (tagged_answer(completion) or "") if re.search("</?answer>", completion) else completion
-    if verifier == "numeric":
-        number = last_number(found)
-        return outcome_grade(number is not None and number == leading_number(example.answer), number is not None)
-    return outcome_grade(found.strip() == example.answer.strip(), bool(found.strip()))
+    tagged = re.search("</?answer>", completion)
+    found = (tagged_answer(completion) or "") if tagged else outside_cut_thought(completion)
+    same = found.strip() == example.answer.strip()
+    if verifier == "exact":
+        return outcome_grade(same, bool(found.strip()))
+    number = read_number(found) if tagged else last_number(found)
+    return outcome_grade(number is not None and (same or number == read_number(example.answer)), number is not None)

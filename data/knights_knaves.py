@@ -220,6 +220,8 @@ def generate(
     # Not 1: with bare atoms, turning every role around keeps all claims consistent, so no solution is the only one.
     check_number("depth", depth, 2, 4)
     check_number("width", width, 2, 4)
+    if width > people:  # a claim of more operands would name someone twice, for ever
+        raise ValueError(f"width {width}: needs as many people or more, got people={people}")
     check_number("demonstrations", demonstrations, 0, train_size)
     if wording not in ("terse", "natural"):
         raise ValueError(f"wording must be 'terse' or 'natural', got {wording!r}")

@@ -5,7 +5,7 @@ Departures:
 
 - Nested operands stand in parentheses, since English leaves "A or B if C" open.
 - The verifier is stricter than a search for the right substring: the conclusion must hold each person once and nothing
-  else, so that naming every possible answer earns nothing.
+  else but numbers, bullets and separators, so that naming every possible answer earns nothing.
 
 format="logic-rl" has the tags and the graded reward of Logic-RL, Xie et al. 2025 (arXiv 2502.14768): the reasoning is
 inside <think> </think>, the conclusion inside <answer> </answer>. Departures: the prompt has no roles of a chat, and
@@ -13,14 +13,14 @@ the conclusion is read as strictly as above. Statements and roles are the tuples
 """
 
 import random
+import re
 
-from .task import Example, Grade, outcome_grade
+from .task import Example, Grade, outcome_grade, outside_cut_thought, tagged_answer
 
 HEAD = "Let's think step by step, by considering whether each person is lying and if that leads to contradiction."
 FOOT = "This leads to a feasible solution."
 MARKER = "CONCLUSION:"
 ROLES = ("knave", "knight")  # by the bool that stands for it
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LINES = 'one numbered line per person, such as "(1) Zoey is a knight".'
 SUFFIXES = {  # by format: what a prompt asks for
     "conclusion": f'\nThink step by step. End with "{MARKER}" and {LINES}\n',
@@ -132,28 +132,28 @@ def natural_demonstration(reasoning: str, answer: str, format: str) -> str:
 
 
 def find_conclusion(text: str, format: str) -> str | None:
-    """What follows the marker, if it is there once; logic-rl: the answer tags' content, if all four are, in order."""
+    """What follows the marker, if it is there once; logic-rl: inside the last <answer> pair, behind a <think> pair."""
     if format == "logic-rl":
-        places = [text.find(tag) for tag in TAGS]
-        good = places == sorted(places) and all(text.count(tag) == 1 for tag in TAGS)
-        return text.partition("<answer>")[2].partition("</answer>")[0] if good else None
-    parts = text.replace("**", "").casefold().split(MARKER.casefold())
+        before, _, _ = text.rpartition("</answer>")[0].rpartition("<answer>")
+        return tagged_answer(text) if tagged_answer(before, "think") is not None else None
+    parts = outside_cut_thought(text).replace("**", "").casefold().split(MARKER.casefold())
     return parts[1] if len(parts) == 2 else None
 
 
 def parse_natural(conclusion: str, names: list[str]) -> tuple[bool, ...] | None:
-    """Roles in a conclusion, or None unless it holds each person once, numbered, in any order, and nothing else."""
-    plain = conclusion.replace("**", "").casefold()
-    lines = [" ".join(line.split()) for line in plain.splitlines() if line.strip()]
-    claims = {f"{name} is a {ROLES[knight]}".casefold(): (name, knight) for name in names for knight in (True, False)}
-    roles = {}
-    for number, line in enumerate(lines, start=1):
-        claim = line.removeprefix(f"({number})").strip().removesuffix(".")
-        if not line.startswith(f"({number})") or claim not in claims:
-            return None
-        name, knight = claims[claim]
-        roles[name] = knight
-    return tuple(roles[name] for name in names) if len(roles) == len(names) == len(lines) else None
+    """Roles in a conclusion, or None unless it holds each person once, in any order, and nothing else.
+
+    Numbers, bullets, commas, semicolons, line breaks and "and" may stand between.
+    """
+    plain = " ".join(conclusion.replace("*", "").casefold().split())
+    known = {name.casefold(): name for name in names}
+    claim = rf"({'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))}) is a ({'|'.join(ROLES)})\b"
+    between = r"(?:[\s,;.•-]|\(?[0-9]++[.)]|and\b)*+"
+    claims = re.findall(claim, plain)
+    if len(claims) != len(names) or not re.fullmatch(f"(?:{between}{claim})*+{between}", plain):
+        return None
+    roles = {known[name]: role == ROLES[True] for name, role in claims}
+    return tuple(roles[name] for name in names) if len(roles) == len(names) else None
 
 
 def natural_example(statements: tuple, roles: tuple, rng: random.Random, format: str, *tables) -> tuple[str, str, str]:
@@ -198,15 +198,18 @@ def parse_record(record: dict, *, format: str = "conclusion") -> Example:
         raise ValueError(f"solution_text_format disagrees with names and solution: {stated!r} is not {answer!r}")
     reasoning = "\n".join([record["cot_head"], *record["cot_repeat_steps"], record["cot_foot"]])
     demonstration = natural_demonstration(reasoning, answer, format)
-    return Example(record["quiz"] + SUFFIXES[format], answer, demonstration, group=f"{len(names)} people")
+    example = Example(record["quiz"] + SUFFIXES[format], answer, demonstration, group=f"{len(names)} people")
+    if not natural_grade(natural_demonstration("", answer, format), example, format).correct:
+        raise ValueError(f"the solution is not graded as right itself, since it cannot be read back: {answer!r}")
+    return example
 
 
 def natural_grade(completion: str, example: Example, format: str) -> Grade:
     """Reward 1 when the conclusion gives every person the right role.
 
-    With format="logic-rl" it is that of arXiv 2502.14768: 1 for the format (each of the four tags once, in order), else
-    -1; plus 2 for the right conclusion, -1.5 for a wrong one, -2 for one that is missing or unreadable. What the prompt
-    has already opened, such as `<think>`, must stand in front of the completion.
+    With format="logic-rl" it is that of arXiv 2502.14768: 1 for the format (a pair of think tags before the last pair
+    of answer tags), else -1; plus 2 for the right conclusion, -1.5 for a wrong one, -2 for one that is missing or
+    unreadable. What the prompt has already opened, such as `<think>`, must stand in front of the completion.
     """
     names = [line.partition(" ")[2].rpartition(" is a ")[0] for line in example.answer.splitlines()]
     conclusion = find_conclusion(completion, format)

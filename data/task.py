@@ -4,7 +4,6 @@ A task is two lists of examples and a verifier. The verifier is the only reward:
 completion, never the model, so that the same function scores training, evaluation and a port.
 """
 
-import importlib
 import importlib.util
 import math
 import re
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -60,10 +60,20 @@ def outcome_grade(correct: bool, well_formed: bool) -> Grade:
     return Grade(float(correct), correct, well_formed)
 
 
-def tagged_answer(text: str) -> str | None:
-    """What stands between <answer> and </answer> in a text that has each of them once, in that order; else None."""
-    parts = re.split("(</?answer>)", text)  # texts and tags in turn
-    return parts[2] if parts[1::2] == ["<answer>", "</answer>"] else None
+def tagged_answer(text: str, tag: str = "answer") -> str | None:
+    """What stands in the last complete pair <answer> ... </answer>; None where there is none.
+
+    A mention of the tags before it changes nothing, and guesses before the last one earn nothing.
+    """
+    parts = re.split(f"(</?{tag}>)", outside_cut_thought(text))  # texts and tags in turn
+    closed = [i for i in range(3, len(parts), 2) if parts[i - 2 : i + 1 : 2] == [f"<{tag}>", f"</{tag}>"]]
+    return parts[closed[-1] - 1] if closed else None
+
+
+def outside_cut_thought(text: str) -> str:
+    """A text without a <think> that never ends: what it says there is no answer yet."""
+    thought = text.find("<think>", text.rfind("</think>") + 1)
+    return text if thought < 0 else text[:thought]
 
 
 def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipped: list[str] | None) -> list[Example]:
@@ -124,13 +134,13 @@ def required_text(record: dict, field: str) -> str:
     return value
 
 
-def load_reward(spec: str) -> Callable[[str, Example], Grade]:
+def load_reward(spec: str, *, alone: bool = False) -> Callable[[str, Example], Grade]:
     """The verifier that MODULE:FUNCTION or path/to/FILE.py:FUNCTION names, called with a completion and its example.
 
-    It returns a Grade, or a number: the reward, at most MAX_REWARD either way, which counts as correct from 1 on. As
-    with `python -m`, a module may stand in the current directory; a file may import those beside it, also later, as its
-    folder stays at the end of sys.path. Raises ValueError with one line that names the spec; so does the verifier when
-    the function returns anything else. What the function raises is not caught.
+    It returns a Grade, or a number: the reward, at most MAX_REWARD either way, which counts as correct from 1 on. A
+    module may stand in the current directory; a file may import those beside it, also later: before ours of the same
+    name in a process of its own (`alone`, as in a run), else after what is loaded. Raises ValueError with one line that
+    names the spec; so does the verifier when the function returns anything else. What that raises is not caught.
     """
     place, _, name = spec.rpartition(":")
     if not (place and name):
@@ -140,6 +150,8 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
         raise ValueError(f"reward {spec!r}: no such file {place!r}")
     beside = str(file.parent.resolve() if file else Path.cwd())
     sys.path.insert(0, beside)
+    if alone and Path(beside) != Path(__file__).resolve().parents[1]:  # where ours are the neighbours
+        let_neighbours_win(beside)
     try:
         module = import_file(file) if file else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # a script may end itself
@@ -148,7 +160,7 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
         reason = f"importing it raised {type(error).__name__}: {one_line(error)}"
         raise ValueError(f"reward {spec!r}: {reason}") from error
     finally:
-        if beside in sys.path:
+        if beside in sys.path and not alone:
             sys.path.remove(beside)
     if not hasattr(module, name):
         raise ValueError(f"reward {spec!r}: {place} has no function {name!r}")
@@ -159,7 +171,8 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
 
     def verify(completion: str, example: Example) -> Grade:
         result = function(completion, example)
-        reward = result.reward if isinstance(result, Grade) else result
+        graded = any(kind.__name__ == "Grade" for kind in type(result).__mro__)  # ours, or of a copy beside the reward
+        reward = result.reward if graded else result
         try:
             number = math.nan if isinstance(reward, (str, bytes)) else float(reward)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
@@ -167,12 +180,23 @@ def load_reward(spec: str) -> Callable[[str, Example], Grade]:
         if not abs(number) <= MAX_REWARD:  # NaN is not, either
             wanted = f"a Grade or a finite number of at most {MAX_REWARD:g}"
             raise ValueError(f"reward {spec!r}: expected {wanted}, got {one_line(repr(result), 200)}")
-        if not isinstance(result, Grade):
+        if not graded:
             return Grade(number, correct=number >= 1, well_formed=True)
         flexible = None if result.flexible is None else bool(result.flexible)
         return Grade(number, bool(result.correct), bool(result.well_formed), flexible)
 
     return verify
+
+
+def let_neighbours_win(beside: str) -> None:
+    """Let a folder that is first in sys.path come before what is ours, as if Python had been started there."""
+    for name in ("data", "kernels", "run"):  # our packages; what is one file, such as model.py, is not loaded yet
+        spec = PathFinder.find_spec(name, [beside])
+        if spec and (spec.origin or any(Path(beside, name).glob("*.py"))):  # no folder of records
+            for loaded in [module for module in sys.modules if f"{module}.".startswith(f"{name}.")]:
+                del sys.modules[loaded]  # it goes on to work for those who have it
+            if not spec.origin:  # without __init__.py, Python would prefer a package of ours
+                sys.modules[name] = importlib.util.module_from_spec(spec)
 
 
 def import_file(file: Path) -> ModuleType:

@@ -36,12 +36,12 @@ class TokenizedTask:
             return short and len(prompt) + len(completion) <= context
 
         def encoded(examples: list[Example]) -> list[tuple[list[int], list[int]]]:
-            worked = [example for example in examples if example.demonstration is not None]
-            return codec.encode_demonstrations((example.prompt, example.demonstration) for example in worked)
+            return codec.encode_demonstrations((example.prompt, example.demonstration) for example in examples)
 
-        demonstrations = encoded(task.train)
+        worked, worked_test = ([e for e in split if e.demonstration is not None] for split in (task.train, task.test))
+        demonstrations = encoded(worked)
         short_enough = [pair for pair in demonstrations if fits(*pair)]
-        lengths = [len(completion) for _, completion in short_enough + encoded(task.test)]
+        lengths = [len(completion) for _, completion in short_enough + encoded(worked_test)]
         lengths = [length for length in lengths if length <= min(longest_demonstration, context)]
         self.max_new_tokens = max_new_tokens or max(lengths, default=0) * 5 // 4 or 512
         longest_prompt = min(longest_prompt, context - self.max_new_tokens)
@@ -50,7 +50,8 @@ class TokenizedTask:
         kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest_prompt]
         self.train = [task.train[i] for i in kept]
         self.train_prompts = [prompts[i] for i in kept]
-        self.demonstrations = [pair for pair in short_enough if len(pair[0]) <= longest_prompt]
+        self.worked = [example for example, pair in zip(worked, demonstrations, strict=True) if fits(*pair)]
+        self.demonstrations = [pair for pair in demonstrations if fits(*pair)]  # of these examples
         dropped = len(demonstrations) - len(self.demonstrations)
         self.dropped = {"prompts": len(prompts) - len(kept), "demonstrations": dropped}
         self._shortest_prompt = min(map(len, prompts), default=0)

@@ -9,7 +9,8 @@
 
 A line of the metrics has `step`, `phase`, `kind`, `loss`, `grad_norm` (before clipping), `lr`, `seconds`, `tokens` and
 `padding_fraction`. Adaptive steps add `p_sft`, `alpha`, `sft_norm` (the G_last that decided) and its age in steps,
-`sft_norm_age`; GRPO steps, what `sasr.compute_rewards` and `sasr.grpo_objective` measure; evaluations, `eval/` scores.
+`sft_norm_age`; GRPO steps, what `sasr.draw_groups`, `sasr.compute_rewards` and `sasr.grpo_objective` measure;
+evaluations, `eval/` scores.
 
 Every file but the metrics is written as NAME.tmp, flushed to the disk and renamed, so that a reader finds the old one
 or the new one whole, whenever the process is killed. The metrics grow by a line in one write, and resuming cuts them
@@ -30,7 +31,8 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -40,9 +42,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import check_number, one_line, read_json
+from data.files import check_number, one_line, parse_json, read_json
 
-from .config import RunConfig
+from .config import RunConfig, path_in
 from .report import say
 
 SUMS = "SHA256SUMS"
@@ -68,7 +70,7 @@ class Checkpoint:
 
 class RunFolder:
     def __init__(self, out: str | Path):
-        self.path = Path(out)
+        self.path = Path(os.path.expanduser(out))
         self.metrics = self.path / "metrics.jsonl"
 
     def check_unused(self) -> None:
@@ -120,6 +122,18 @@ class RunFolder:
             if written < len(line):  # a full disk takes half a line
                 file.truncate(length)
                 raise OSError(f"only {written} of {len(line)} bytes could be written")
+
+    def records(self) -> list[dict]:
+        """The lines of the metrics. Those that cannot be read are left out, and counted on standard error."""
+        records, bad = [], []
+        for number, line in enumerate(self.metrics.read_bytes().splitlines(), start=1):
+            try:
+                records.append(dict(parse_json(line)))
+            except (ValueError, TypeError):
+                bad.append(number)
+        if bad:
+            say(f"{self.metrics}:{bad[0]}: no JSON object, so not looked at (such lines: {len(bad)})")
+        return records
 
     def replace_folder(self, name: str, fill, *, keep_old: bool = False) -> None:
         """Let `fill(path)` fill a fresh folder, then rename it to OUT/name, and the one that was there to name.old."""
@@ -203,13 +217,13 @@ def default_out(config: RunConfig, kind: str) -> str:
 # ----------------------------------------------------------------------------- saving and restoring a trainer
 
 
-def save(trainer, folder: RunFolder) -> None:
+def save(trainer, folder: RunFolder, made_of: dict[str, str]) -> None:
     """The model first: a run whose last checkpoint says that it has finished has its last model, too."""
     folder.replace_folder("model", partial(save_model, trainer))
     state = dataclasses.asdict(trainer.state)
     state["unlogged"] = state.pop("pending")  # its name in files
     config = dataclasses.asdict(trainer.config)
-    saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": fingerprint(trainer)}
+    saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": made_of}
     folder.save_checkpoint(named_tensors(trainer), saved | {"config": config, "config_hash": trainer.config.hash()})
 
 
@@ -231,10 +245,50 @@ def named_tensors(trainer) -> dict[str, Tensor]:
     return named
 
 
-def fingerprint(trainer) -> int:
-    """Changes when the tokenizer or any example does."""
-    examples = [(task.source.train, task.source.test) for task in (trainer.task, trainer.warmup_task)]
-    return zlib.crc32((trainer.codec.tokenizer.to_str() + repr(examples)).encode())
+def fingerprint(trainer) -> dict[str, str]:
+    """SHA-256 of all that goes into the steps, by kind; causes stand before their effects."""
+    codec, chat, reward = trainer.codec, trainer.codec.chat, path_in("reward", trainer.config.reward)
+    trained = dict.fromkeys((trainer.task, trainer.warmup_task))  # often the same
+    tested = [task for task in (trainer.task, trainer.ood_task) if task]
+    kinds = {
+        "reward": [Path(reward).read_bytes()] if reward else [],
+        "training examples": (example for task in trained for example in task.source.train),
+        "test examples": (example for task in tested for example in task.source.test),
+        "verifier": [getattr(trainer.task.source.verify, "keywords", {})],
+        "tokenizer (tokenizer.json)": [codec.tokenizer.to_str()],
+        "chat template": [chat and chat.source],
+        "special tokens (tokenizer_config.json)": [chat and chat.special_tokens],
+        "stop tokens (generation_config.json)": [codec.stops],
+        "model (config.json)": [trainer.model.config.to_dict()],
+        "training prompts": (ids for task in trained for ids in task.train_prompts),
+        "demonstrations": (ids for task in trained for pair in task.demonstrations for ids in pair),
+        "evaluation prompts": (ids for task in tested for ids in task.eval_prompts),
+    }
+    return {kind: sum_of(items) for kind, items in kinds.items()}
+
+
+def sum_of(items: Iterable) -> str:
+    """Of one item after the other. Token ids go in as bytes, which takes a tenth of the time of their text."""
+    total = hashlib.sha256()
+    for item in items:
+        content = array("i", item).tobytes() if isinstance(item, list) else repr(item).encode()
+        total.update(len(content).to_bytes(8) + content)
+    return total.hexdigest()
+
+
+def check_fingerprint(trainer, saved: dict[str, str] | int, now: dict[str, str]) -> None:
+    """Raises ValueError naming the first kind that is not as it was. A reward may have been mended: that is told."""
+    flags = " ".join(f"--{name} {value}" for name in ("task", "data", "model") if (value := vars(trainer.config)[name]))
+    if isinstance(saved, int):
+        examples = [(task.source.train, task.source.test) for task in (trainer.task, trainer.warmup_task)]
+        if saved != zlib.crc32((trainer.codec.tokenizer.to_str() + repr(examples)).encode()):
+            raise ValueError(f"other examples, or another tokenizer, than when it was written: {flags}")
+        say("an earlier version began this run: only its examples and its tokenizer are known to be the same")
+        return
+    for kind in [kind for kind in now if saved[kind] != now[kind]]:
+        if kind != "reward":
+            raise ValueError(f"other {kind} than when it was written: {flags}")
+        say(f"--reward {trainer.config.reward}: the file has changed since the checkpoint; what it gives now counts")
 
 
 def read_state(checkpoint: Checkpoint, state_class: type):
@@ -252,10 +306,9 @@ def read_state(checkpoint: Checkpoint, state_class: type):
 
 
 @torch.no_grad()
-def restore(trainer, checkpoint: Checkpoint, state) -> None:
+def restore(trainer, checkpoint: Checkpoint, state, made_of: dict[str, str]) -> None:
     """Take up a checkpoint and its state. Raises ValueError or KeyError naming what does not fit."""
-    if checkpoint.state["fingerprint"] != fingerprint(trainer):
-        raise ValueError("it was made with other examples or another tokenizer than these")
+    check_fingerprint(trainer, checkpoint.state["fingerprint"], made_of)
     saved = checkpoint.tensors()
     if any(name.startswith("reference.") for name in saved):
         trainer.freeze_reference()

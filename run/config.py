@@ -7,8 +7,11 @@ One object holds all that a run depends on. The fields here belong to any run; t
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import json
+import os
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -18,6 +21,7 @@ from data.files import check_number
 from data.task import MAX_REWARD
 from rollout import MIN_TEMPERATURE
 
+PATHS = ("data", "reward", "model")  # a run keeps these absolute and outside its hash, and each may be moved
 MAX = 10**7  # the largest value of any number but the seed: no run could use more
 
 
@@ -37,8 +41,12 @@ class RunConfig:
     task: str = option("knights-knaves", "NAME[:key=value,...], as in countdown:numbers=4", group="what to learn")
     data: str = resumable("", "folder with train.jsonl and test.jsonl (or .json) of the task ('': generate it)")
     skip_bad_lines: bool = option(False, "leave out records of --data that cannot be read, and say how many")
-    verifier: str = option("", "how answers are compared, e.g. math-verify, numeric, regex ('': the task's own way)")
-    reward: str = option(
+    verifier: str = option(
+        "auto",
+        "how answers are compared, e.g. rules, math-verify, numeric, regex ('': the task's own way; auto: that, "
+        "but for math math-verify where it is installed)",
+    )
+    reward: str = resumable(
         "",
         "your own, FILE.py:FUNCTION or MODULE:FUNCTION, which is run; 1 or more counts as correct ('': the verifier)",
     )
@@ -47,9 +55,11 @@ class RunConfig:
     ood_task: str = option("auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder variant of --task")
     warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
 
-    model: str = option("", "checkpoint directory or hub id to start from ('': from scratch)", group="the model")
+    model: str = resumable("", "checkpoint directory or hub id to start from ('': from scratch)", group="the model")
     prompt_format: str = option("raw", "the text, or a message in --model's chat template", choices=("raw", "chat"))
     system: str = option("", "chat: the system message ('': what the template says by itself)")
+    template_args: str = option("", """chat: further variables of the template, '{"enable_thinking": false}'""")
+    template_date: str = option("", "chat: when it is, for a template that prints the date ('': when the run began)")
     save_dtype: str = resumable(
         "same", "of OUT/model; same: as --model's files", choices=("same", "float32", "bfloat16", "float16")
     )
@@ -89,6 +99,15 @@ class RunConfig:
                 raise ValueError(f"{flag} {value!r}: must be of type {spec.type.__name__}")
             elif rules["choices"] and value not in rules["choices"]:
                 raise ValueError(f"{flag} {value}: choose from {', '.join(rules['choices'])}")
+        for name in PATHS:
+            path = path_in(name, value := getattr(self, name))
+            place = Path(os.path.expanduser(path))
+            if path and os.path.exists(place):  # else it is an id on the hub, or not there
+                setattr(self, name, f"{place.parent.resolve() / place.name}{value.removeprefix(path)}")  # a link stays
+        try:
+            datetime.fromisoformat(self.template_date or today())
+        except ValueError:
+            raise ValueError(f"--template-date {self.template_date}: expected a form like 2026-12-31T09:30") from None
         if 0 < self.eval_temperature < MIN_TEMPERATURE:
             raise ValueError(f"--eval-temperature {self.eval_temperature}: must be 0, or at least {MIN_TEMPERATURE}")
         if self.hidden_size % (2 * self.heads):
@@ -99,10 +118,13 @@ class RunConfig:
             except ValueError:
                 number = f"a number of at most {MAX_REWARD:g}"
                 raise ValueError(f"--reward-on-error {self.reward_on_error}: must be {number}, or stop") from None
+        if self.verifier == "auto":
+            self.verifier = installed_verifier(self.task) if not self.reward else ""
 
     def hash(self) -> str:
-        """Equal for equal values, wherever the run is kept."""
-        values = dataclasses.asdict(self) | {"out": ""}
+        """Equal for equal values, wherever the run and its files are kept, and on any day."""
+        values = dataclasses.asdict(self) | {"out": "", "template_date": ""}
+        values |= {name: "a path" for name in PATHS if os.path.isabs(values[name])}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
@@ -125,6 +147,23 @@ class RunConfig:
         """Before and after each stage, and every `eval_every` steps."""
         every = range(0, self.total_steps + 1, self.eval_every) if self.eval_every else ()
         return {0, self.warmup_steps, self.total_steps, *every}
+
+
+def today() -> str:
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def path_in(name: str, value: str) -> str:
+    """The part of one of PATHS that may be a path: of --reward the FILE.py before :FUNCTION, or "" for a module."""
+    file = value.rpartition(":")[0]
+    return value if name != "reward" else file if file.endswith(".py") else ""
+
+
+def installed_verifier(task: str) -> str:
+    """What `--verifier auto` is on this machine; a run keeps it, as config.json has the name found here."""
+    if task.partition(":")[0] != "math" or "verifier=" in task:
+        return ""
+    return "math-verify" if importlib.util.find_spec("math_verify") else "rules"
 
 
 def flag_name(field_name: str) -> str:
@@ -224,7 +263,8 @@ def check_resume(old: RunConfig, new: RunConfig, done: int, logged: bool, named:
     changed = {}
     for spec in in_order(type(new)):
         before, now = getattr(old, spec.name), getattr(new, spec.name)
-        if before != now and not spec.metadata["resumable"]:
+        other = spec.name in PATHS and not (before and now)  # to have one or none is no move
+        if before != now and (other or not spec.metadata["resumable"]):
             where = "" if spec.name in named else f"{Path(old.out) / 'config.json'}: "
             raise ValueError(f"{where}{flag_name(spec.name)} {now}: a resumed run keeps its {before!r}")
         if before != now and spec.name != "out":
@@ -240,7 +280,7 @@ def check_resume(old: RunConfig, new: RunConfig, done: int, logged: bool, named:
         before, after = (SCHEDULES[new.controller](config) for config in (old, new))
         if any(before(t) != after(t) for t in range(done - new.warmup_steps)):
             raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")
-    idle = [text for name, text in changed.items() if name not in ("save_dtype", "device")]
+    idle = [text for name, text in changed.items() if name not in ("save_dtype", "device", *PATHS)]
     if idle and done == new.total_steps and logged:
         raise ValueError(
             f"{', '.join(idle)}: the run has finished, so nothing would come of it; more --steps let it go on, and "

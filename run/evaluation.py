@@ -44,11 +44,11 @@ def evaluate(trainer) -> dict[str, float]:
 
 def evaluate_task(trainer, tokenized: TokenizedTask, split: str) -> tuple[dict[str, float], list[list[int]]]:
     """Scores on the first examples, and the greedy answers as token ids."""
-    config, stops = trainer.config, trainer.codec.stop_token_ids
-    greedy = SamplingParams(tokenized.max_new_tokens, temperature=0, stop_token_ids=stops)
+    config, stops = trainer.config, trainer.codec.stops
+    greedy = SamplingParams(tokenized.max_new_tokens, temperature=0, **stops)
     answers = draw_answers(trainer, tokenized, greedy, 1)  # [examples][1 + eval_samples]
     if config.eval_samples:
-        params = SamplingParams(tokenized.max_new_tokens, config.eval_temperature, stop_token_ids=stops)
+        params = SamplingParams(tokenized.max_new_tokens, config.eval_temperature, **stops)
         sampled = draw_answers(trainer, tokenized, params, config.eval_samples)
         answers = [first + more for first, more in zip(answers, sampled, strict=True)]
     examples, grades = tokenized.evaluated[: config.eval_examples], []

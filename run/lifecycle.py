@@ -28,9 +28,11 @@ from typing import Self
 
 from data.files import one_line, read_json
 from data.isolated import VerifierFailed
+from model import resolve_checkpoint
 
-from .checkpoint import Checkpoint, RunFolder, default_out, read_state, restore, save, save_model
-from .config import RunConfig, check_resume
+from .checkpoint import Checkpoint, RunFolder, default_out, fingerprint, read_state, restore, save, save_model
+from .config import RunConfig, check_resume, flag_name, path_in, today
+from .diagnosis import diagnose
 from .report import headline, progress_line, say, summarise
 
 
@@ -48,10 +50,10 @@ class Run:
     @contextlib.contextmanager
     def begin(self, trainer) -> Iterator[None]:
         """Take up the checkpoint, if there is one; then heed signals and show progress until the run stops."""
-        self.trainer, folder = trainer, self.folder
+        self.trainer, self.made_of, folder = trainer, fingerprint(trainer), self.folder
         if self.checkpoint:
             with self.checkpoint.fits():
-                restore(trainer, self.checkpoint, self.state)
+                restore(trainer, self.checkpoint, self.state, self.made_of)
         if self.source not in (None, folder):
             self.checkpoint = self.source.branch_to(folder, self.checkpoint)
             self.source_lock.close()  # others may go on there
@@ -95,7 +97,7 @@ class Run:
         try:
             yield
         except (Stopped, RuntimeError):
-            save(self.trainer, self.folder)
+            save(self.trainer, self.folder, self.made_of)
             raise
 
     def log(self, scores: dict[str, float]) -> None:
@@ -114,18 +116,20 @@ class Run:
         step, every, signal_number = self.trainer.state.step, self.config.save_every, self.trainer.interrupt.signal
         last = step == self.config.total_steps
         if last or signal_number or (every and step % every == 0):
-            save(self.trainer, self.folder)
+            save(self.trainer, self.folder, self.made_of)
         if signal_number and not last:
             raise Stopped(signal_number)
 
     def finish(self) -> dict:
         """The summary, also written to the folder."""
         summary = summarise(self.trainer, self.folder.path)
+        summary["diagnosis"] = diagnose(self.folder.records(), summary)
         self.folder.write_json("summary.json", summary)
         return summary
 
 
 def new_run(config: RunConfig) -> Run:
+    config = dataclasses.replace(config, template_date=config.template_date or today())
     folder = RunFolder(config.out or default_out(config, config.controller))
     folder.check_unused()  # before anything takes time
     return Run(config, folder)
@@ -148,21 +152,41 @@ def resumed_run(
         lock.enter_context(source.locked())
         written = config_class.from_json(read_json(file), file)
         written.out = str(source.path)  # it may have been moved
+        written.template_date = written.template_date or today()
         checkpoint = source.find_checkpoint()
         old, state = written, state_class()
         if checkpoint:
             with checkpoint.fits():
-                old = config_class(**checkpoint.state["config"] | {"out": written.out})
+                begun = {"template_date": written.template_date}  # which earlier versions did not keep
+                old = config_class(**begun | checkpoint.state["config"] | {"out": written.out})
                 state = read_state(checkpoint, state_class)
         config = dataclasses.replace(written, **overrides)
         changed = check_resume(old, config, state.step, state.pending is None, overrides, learning_rate)
         if changed:
             say(f"resuming with {changed}")
-        same = Path(config.out).resolve() == source.path.resolve()
+        config = with_files(config, source, overrides, checkpoint)
+        same = RunFolder(config.out).path.resolve() == source.path.resolve()
         folder = source if same else RunFolder(config.out)  # another one is a branch
         if not same:
             folder.check_unused()
         yield Run(config, folder, source, lock, checkpoint, state)
+
+
+def with_files(config: RunConfig, source: RunFolder, overrides: dict, checkpoint: Checkpoint | None) -> RunConfig:
+    """For a --model that is gone, OUT/model; its weights are in the checkpoint. ValueError names what else is gone."""
+    for name in ("data", "reward"):
+        if (path := path_in(name, getattr(config, name))) and not os.path.exists(path):
+            raise ValueError(f"{flag_name(name)} {path}: no such file or folder; {flag_name(name)} names its new place")
+    try:
+        if config.model:
+            resolve_checkpoint(config.model, weights=False)
+        return config
+    except ValueError as error:
+        own = next((p for n in ("model", "model.old") if (p := source.path / n / "config.json").is_file()), None)
+        if "model" in overrides or not checkpoint or not own:
+            raise ValueError(f"{error}; --model names its new place") from None
+        say(f"{error}; going on from the run's own {own.parent}, and the weights of its checkpoint")
+        return dataclasses.replace(config, model=str(own.parent))
 
 
 # ----------------------------------------------------------------------------- signals

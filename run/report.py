@@ -61,10 +61,11 @@ def headline(trainer, out: Path) -> str:
     """What is about to happen, before anything takes time."""
     config, task, step = trainer.config, trainer.task, trainer.state.step
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    graded_by = f", graded by {config.verifier}" if config.verifier else ""
     start = "first, an evaluation" if task.evaluated else "from the first step on"
     return "\n".join([*dropped_report(trainer), ""]) + (
         f"{config.controller} on {task.source.name}: {len(task.train_prompts)} training prompts, "
-        f"{len(task.demonstrations)} with a demonstration\n"
+        f"{len(task.demonstrations)} with a demonstration{graded_by}\n"
         f"{parameters:.2f} M parameters {config.model or 'from scratch'}, on {trainer.device}; "
         f"{config.warmup_steps} warm-up steps, then {config.steps} adaptive ones\n"
         f"writing to {out}; {f'resuming after step {step}' if step else start}"
@@ -72,7 +73,7 @@ def headline(trainer, out: Path) -> str:
 
 
 def dropped_report(setup: Setup) -> list[str]:
-    """A line for each kind of example that was given and will not be learnt from or graded."""
+    """A line for each kind of example that will not be learnt from or graded, and for what is unusual."""
     config, task = setup.config, setup.task
     lines = []
     if task.source.skipped:
@@ -86,9 +87,11 @@ def dropped_report(setup: Setup) -> list[str]:
         lines.append(f"{too_long} {config.eval_split} prompts are too long and count as wrong answers")
     if not task.evaluated:
         lines.append(f"there are no {config.eval_split} examples, so nothing is evaluated; --eval-split has the other")
+    if config.ood_task == "auto" and not (setup.ood_task or config.data or config.reward):
+        lines.append(f"there is no harder variant of {config.task} to be evaluated on; --ood-task can name one")
     if config.reward:
         lines.append(f"rewards come from {config.reward}, which is run as a program")
-    return lines
+    return lines + setup.notes
 
 
 def progress_line(config: RunConfig, state, record: dict) -> str:
@@ -96,8 +99,9 @@ def progress_line(config: RunConfig, state, record: dict) -> str:
     p = f"p_sft {record['p_sft']:.2f}" if "p_sft" in record else "warm-up"
     reward = "" if state.reward is None else f"reward {state.reward:.2f} "
     accuracy = f"accuracy {state.scores['accuracy']:.1%} " if state.scores else ""
+    skipped = f"skipped {state.grpo_skipped} " if state.grpo_skipped else ""
     start = f"{state.step}/{config.total_steps} {record['kind']:4} {p} loss {record['loss']:.3f} "
-    return f"{start}{reward}{accuracy}left {clock(seconds_left(config, state))}"
+    return f"{start}{reward}{skipped}{accuracy}left {clock(seconds_left(config, state))}"
 
 
 def seconds_left(config: RunConfig, state) -> float:
@@ -117,7 +121,7 @@ def seconds_left(config: RunConfig, state) -> float:
 
 
 def closing_table(summary: dict) -> str:
-    """Accuracies and costs of a finished run."""
+    """Accuracies and costs of a finished run, and what looks wrong in it."""
 
     def row(label: str, cells: list) -> str:
         return f"{label:24}" + "".join(f"{cell:>10}" for cell in cells)
@@ -129,11 +133,15 @@ def closing_table(summary: dict) -> str:
     steps = [summary["warmup_steps"], summary["sft_steps"], summary["grpo_steps"]]
     seconds = [*(summary[f"seconds_{kind}"] for kind in ("warmup", "sft", "grpo", "eval")), summary["seconds"]]
     lines += ["", row("", ["warm-up", "SFT", "GRPO", "eval", "all"]), row("steps", [*steps, "", sum(steps)])]
+    lines.append(row("of these without signal", ["", "", summary["grpo_skipped"]]))
     lines.append(row("seconds", [f"{s:.1f}" for s in seconds]))
     dropped, failed = summary["bad_steps"], summary["reward_failures"]
     if dropped or failed:
         lines += ["", f"steps dropped: {dropped}; completions for which the verifier failed: {failed}"]
-    return "\n".join([*lines, "", *score_table(summary["scores"], "final evaluation"), f"written to {summary['out']}"])
+    lines += ["", *score_table(summary["scores"], "final evaluation"), f"written to {summary['out']}"]
+    if summary["diagnosis"]:
+        lines += ["", "what looks wrong (means are over the last quarter of the GRPO steps)"]
+    return "\n".join([*lines, *(f"- {finding}" for finding in summary["diagnosis"])])
 
 
 def score_table(scores: dict[str, float], title: str) -> list[str]:
@@ -153,9 +161,10 @@ def summarise(trainer, out: Path) -> dict:
     config, state = trainer.config, trainer.state
     return (
         state.accuracy
-        | {name: getattr(config, name) for name in ("controller", "task", "seed", "warmup_steps")}
+        | {name: getattr(config, name) for name in ("controller", "task", "verifier", "seed", "warmup_steps")}
         | {name: getattr(state, name) for name in ("sft_steps", "grpo_steps", "bad_steps", "reward_failures", "scores")}
         | {"config_hash": config.hash(), "g_warmup": trainer.controller.g_warmup, "out": str(out)}
+        | {"grpo_skipped": state.grpo_skipped}
         | {"seconds": sum(state.seconds.values()), **{f"seconds_{kind}": s for kind, s in state.seconds.items()}}
         | provenance(trainer.device)
     )

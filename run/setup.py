@@ -32,10 +32,11 @@ class Setup:
             self.checkpoint = resolve_checkpoint(config.model, weights=False)
             self.shape = read_config(self.checkpoint)
             context = self.shape.max_position_embeddings
-            prompts = {"prompt_format": config.prompt_format, "system": config.system}
+            names = ("prompt_format", "system", "template_args", "template_date")
+            prompts = {name: getattr(config, name) for name in names}
             self.codec = Codec.from_pretrained(self.checkpoint, **prompts)
-        elif config.prompt_format == "chat" or config.system:
-            raise ValueError("--prompt-format chat and --system need --model: without one there is no chat template")
+        elif config.prompt_format == "chat" or config.system or config.template_args:
+            raise ValueError("--prompt-format chat, --system and --template-args need --model, and its chat template")
         else:
             examples = task.train + warmup_task.train
             texts = (text for e in examples for text in (e.prompt, e.demonstration or e.answer))
@@ -53,6 +54,10 @@ class Setup:
             self.task.check_demonstrations()
         for tokenized in filter(None, (self.task, self.ood_task)):
             tokenized.check_evaluated(config.eval_examples)
+        graded = [] if config.reward else [self.task]  # a user's function is not for trying
+        graded += [self.warmup_task] if self.warmup_task is not self.task else []
+        wrong = [check_grades(tokenized, self.codec) for tokenized in graded if config.total_steps]
+        self.notes = [*self.codec.notes, *filter(None, wrong)]
         if not config.model:
             longest = max(t.context for t in (self.task, self.warmup_task, self.ood_task) if t)
             tokens, end = self.codec.tokenizer.get_vocab_size(), self.codec.stop_token_ids[0]
@@ -67,6 +72,29 @@ class Setup:
             return Transformer(self.shape)
 
 
+def check_grades(tokenized: TokenizedTask, codec: Codec, count: int = 64) -> str:
+    """Grade `count` demonstrations, spread over the file, as if a model had written them: what is not right, or "".
+
+    They go from text to tokens and back, so that tokenizer, template and verifier are tried together. Raises ValueError
+    where none is graded as right: then no reward could be earned.
+    """
+    total = len(tokenized.demonstrations)
+    chosen = [i * total // count for i in range(count)] if total > count else range(total)
+    texts = codec.decode([tokenized.demonstrations[i][1] for i in chosen])
+    tried = [(tokenized.worked[i], text) for i, text in zip(chosen, texts, strict=True)]
+    wrong = [(*pair, grade) for pair in tried if not (grade := tokenized.source.grade(pair[1], pair[0])).correct]
+    if not wrong:
+        return ""
+    (example, text, grade), name = wrong[0], tokenized.source.name
+    reason = f"reward {grade.reward:g}, {'another answer' if grade.well_formed else 'no answer found'}"
+    end = f"ends in {text[-160:]!r}" if len(text) > 160 else f"is {text!r}"
+    shown = f"the first (answer {example.answer[:80]!r}) {end} when read back from its tokens ({reason})"
+    if len(wrong) < len(tried):
+        return f"{len(wrong)} of {len(tried)} demonstrations of {name} are graded as wrong; {shown}"
+    every = f"task {name}: not one of {len(tried)} demonstrations is graded as right, so no reward can be earned"
+    raise ValueError("; ".join([every, shown, *codec.notes]))
+
+
 def load_tasks(config: RunConfig) -> tuple[Task, Task, Task | None]:
     """The task, the task to warm up on (often the same), and the out-of-domain one (or None)."""
     verifier = {"verifier": config.verifier} if config.verifier else {}
@@ -76,7 +104,28 @@ def load_tasks(config: RunConfig) -> tuple[Task, Task, Task | None]:
         limits = {"seconds": config.reward_seconds, "on_error": config.reward_on_error}
         task = dataclasses.replace(task, verify=IsolatedVerifier(task.name, options, config.reward, **limits))
     warmup = generated_task("--warmup-task", config.warmup_task, config.seed) if config.warmup_task else task
-    ood = config.ood_task
-    if ood == "auto":  # it fits the task's own defaults only, and its own verifier
-        ood = "none" if config.data or config.reward else OOD_TASKS.get(config.task, "none")
-    return task, warmup, None if ood == "none" else generated_task("--ood-task", ood, config.seed)
+    if config.ood_task in ("auto", "none"):
+        ood = harder_task(config) if config.ood_task == "auto" else None
+    else:
+        ood = generated_task("--ood-task", config.ood_task, config.seed)
+    return task, warmup, ood
+
+
+def harder_task(config: RunConfig) -> Task | None:
+    """`--ood-task auto`: the task of `OOD_TASKS`, with the options of --task but those of size.
+
+    None where --task is no generated one, has a verifier of the user's, is as hard itself, or has too few of the kind.
+    """
+    name, _, given = config.task.partition(":")
+    if config.data or config.reward or name not in OOD_TASKS:
+        return None
+    options = dict(part.split("=", 1) for part in given.split(",") if part)
+    (key, value), sizes = OOD_TASKS[name], ("train_size", "test_size", "demonstrations")
+    if int(options.get(key, 0)) >= value:
+        return None
+    options = {k: v for k, v in options.items() if k not in sizes} | {key: value, "train_size": 1}
+    spec = f"{name}:" + ",".join(f"{k}={v}" for k, v in options.items())
+    try:
+        return generated_task("--ood-task", spec, config.seed)
+    except ValueError:  # `dropped_report` says that there is none
+        return None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from baselines import SCHEDULES, may_choose_sft
+from baselines import SCHEDULES, may_choose_grpo, may_choose_sft
 from sasr import Config, make_controller
 
 
@@ -29,9 +29,12 @@ def test_every_baseline_is_a_schedule(flags, expected):
     schedule = SCHEDULES[flags["controller"]](Config(steps=8, **flags))
     assert [schedule(t) for t in range(8)] == pytest.approx(expected, abs=1e-4)
     assert may_choose_sft(Config(steps=8, **flags)) == (max(expected) > 0)
+    assert may_choose_grpo(Config(steps=8, **flags)) == (min(expected) < 1)
     assert not may_choose_sft(Config(steps=0, **flags))
+    assert not may_choose_grpo(Config(steps=0, **flags))
 
 
-def test_sasr_may_choose_sft_at_any_step():
-    assert may_choose_sft(Config(steps=1))
-    assert not may_choose_sft(Config(steps=0))
+@pytest.mark.parametrize("may_choose", [may_choose_sft, may_choose_grpo])
+def test_sasr_may_choose_either_at_any_step(may_choose):
+    assert may_choose(Config(steps=1))
+    assert not may_choose(Config(steps=0))

@@ -15,7 +15,13 @@ def a_run(tmp_path):
     records = [
         {"step": 1, "phase": "warmup", "kind": "sft", "grad_norm": 2.0},
         {"step": 2, "phase": "warmup", "kind": "sft", "grad_norm": 1.0, "eval/accuracy": 0.25},
-        {"step": 3, "phase": "adaptive", "kind": "grpo", "grad_norm": 9.0, "p_sft": 0.5, "reward_mean": 0.75},
+        {"step": 3, "phase": "adaptive", "kind": "grpo", "grad_norm": 9.0, "p_sft": 0.5, "reward_mean": 0.75}
+        | {
+            "all_right_fraction": 0.25,
+            "all_wrong_fraction": 0.5,
+            "truncated_fraction": 0.125,
+            "unparsed_fraction": 0.75,
+        },
         {"step": 4, "phase": "adaptive", "kind": "sft", "grad_norm": None, "p_sft": 0.4, "eval/accuracy": 0.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -25,12 +31,19 @@ def a_run(tmp_path):
 
 def test_the_picture_shows_the_numbers(a_run):
     figure = plot.picture([a_run], width=1)
-    decision, norms, rewards, accuracy = figure.axes
+    decision, norms, rewards, accuracy, groups, completions = figure.axes
     assert decision.lines[1].get_xydata().tolist() == [[3, 0.5], [4, 0.4]]
     assert norms.lines[1].get_xydata().tolist() == [[1, 2.0], [2, 1.0]]  # SFT steps with a norm, not GRPO's
     assert norms.lines[2].get_ydata()[0] == 1.0
     assert rewards.lines[1].get_xydata().tolist() == [[3, 0.75]]
     assert accuracy.lines[0].get_xydata().tolist() == [[0, 12.5], [2, 25], [4, 50]]
+    for axis, shares in (
+        (groups, {"all right": 0.25, "all wrong": 0.5}),
+        (completions, {"cut off": 0.125, "no answer": 0.75}),
+    ):
+        for label, share in shares.items():
+            (line,) = (line for line in axis.lines if label in line.get_label())
+            assert line.get_xydata().tolist() == [[3, share]]
     plt.close(figure)
 
 

@@ -35,7 +35,7 @@ import model as model_file
 import rollout
 from data.task import Example, Grade, Task
 from data.tokenized import TokenizedTask
-from data.tokenizer import Codec
+from data.tokenizer import Codec, encode_apart
 from model import Transformer, read_config, resolve_checkpoint
 from rollout import SamplingParams, generate
 
@@ -426,8 +426,9 @@ def theirs(checkpoints) -> dict[str, transformers.PreTrainedTokenizerBase]:
 
 @pytest.fixture(scope="module")
 def codecs(checkpoints) -> dict[str, dict[str, Codec]]:
+    date = "2025-02-28T13:05"  # of `one_moment`
     return {
-        name: {kind: Codec.from_pretrained(path, prompt_format=kind) for kind in ("raw", "chat")}
+        name: {kind: Codec.from_pretrained(path, prompt_format=kind, template_date=date) for kind in ("raw", "chat")}
         for name, path in checkpoints.items()
     }
 
@@ -533,7 +534,7 @@ def test_greedy_text_ends_where_transformers_ends_it(name, kind, checkpoints, th
     found = generate(ours, [codec.encode(codec.render([{"role": "user", "content": message}]))], params)
     assert found.completions == [expected.tolist()]
     assert found.finished == [True]
-    text = theirs[name].decode(expected, skip_special_tokens=True)
+    text = theirs[name].decode(expected[:-1])  # all that was written, special tokens in the middle included
     assert codec.decode(found.completions) == [(FAMILIES[name].opening if kind == "chat" else "") + text]
 
 
@@ -754,7 +755,8 @@ def test_sentencepiece_text_comes_back_as_transformers_has_it(codecs, theirs, te
         ids = theirs[name](text, add_special_tokens=False)["input_ids"]
         assert codec.encode(text) == ids
         assert text_of(codec, ids) == theirs[name].decode(ids)
-        assert codec.decode([ids]) == [theirs[name].decode(ids, skip_special_tokens=True)]
+        end = codec.tokenizer.token_to_id("</s>")
+        assert codec.decode([[*ids, end], ids]) == [theirs[name].decode(ids)] * 2 or ids[-1:] == [end]
         if not text.startswith(" ") and "▁" not in text and "<" not in text:
             assert text_of(codec, ids) == text
 
@@ -938,7 +940,7 @@ def test_a_completion_is_read_with_its_opening_and_a_demonstration_written_witho
         assert completion == reply
     plain = codecs["qwen3"]["chat"]
     ((_, completion),) = plain.encode_demonstrations([("6 * 7?", "<think>\nsix</think>42")])
-    assert plain.decode([completion]) == ["<think>\nsix</think>42"]
+    assert plain.decode([completion]) == ["<think>\nsix\n</think>\n\n42"]  # as the template writes it
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -987,27 +989,50 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["raw", "chat"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_demonstration_continues_its_prompt_as_one_text_where_it_can(name, kind, codecs):
-    codec, apart = codecs[name][kind], 0
+def test_a_raw_demonstration_continues_its_prompt_as_one_text_where_it_can(name, codecs):
+    codec, apart = codecs[name]["raw"], 0
     for (text, demonstration), (prompt, completion) in zip(PAIRS, codec.encode_demonstrations(PAIRS), strict=True):
-        rendered = codec.render([{"role": "user", "content": text}])
-        assert prompt == codec.encode(rendered)
+        assert prompt == codec.encode(text)
         assert completion[-1] == codec.stop_token_ids[0]
-        if codec.opening and demonstration.startswith(codec.opening.strip()):
-            demonstration = demonstration.strip().removeprefix(codec.opening.strip())
-        joined = codec.encode(rendered + demonstration)
+        joined = codec.encode(text + demonstration)
         if joined[: len(prompt)] == prompt:
             assert completion[:-1] == joined[len(prompt) :]
         else:
             apart += 1
-        if kind == "raw" and name != "llama2" and not set(text) & set("▁\u0301"):
+        if name != "llama2" and not set(text) & set("▁\u0301"):
             # What is read from prompt and completion is what was written, no space more.
             whole, expected = text_of(codec, prompt + completion[:-1]), text + demonstration
             begin = text_of(codec, codec.encode("x"))[: -len("x")].rstrip()
             assert whole.removeprefix(begin).lstrip() == expected.lstrip()
-    assert apart >= (kind == "raw")
+    assert apart
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_chat_demonstration_is_what_the_template_writes_for_the_assistant(name, codecs, theirs):
+    """`transformers` renders the conversation; where it loses some of the demonstration, its own text is learnt."""
+    codec, tokenizer, kept, lost = codecs[name]["chat"], theirs[name], 0, 0
+    for (text, demonstration), (prompt, completion) in zip(PAIRS, codec.encode_demonstrations(PAIRS), strict=True):
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": demonstration}]
+        before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        target = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(before)
+        target = target.rpartition(FAMILIES[name].turn_end)[0]
+        assert prompt == tokenizer(before, add_special_tokens=False)["input_ids"]
+        assert completion[-1] == codec.stop_token_ids[0]
+        if "".join(demonstration.split()) in "".join(target.split()) and name != "r1":
+            kept += 1
+        else:
+            lost += 1
+            target = demonstration
+            if codec.opening and demonstration.startswith("<think>"):
+                target = demonstration.removeprefix("<think>").lstrip()
+        joined = tokenizer(before + target, add_special_tokens=False)["input_ids"]
+        if joined[: len(prompt)] == prompt:
+            assert completion[:-1] == joined[len(prompt) :]
+        else:  # a token would straddle the border
+            assert text_of(codec, completion[:-1]).strip() == target.strip()
+    assert (kept, lost) == ((0, len(PAIRS)) if name == "r1" else (len(PAIRS), 0))
+    assert any("their own text is learnt" in note for note in codec.notes) == (lost > 0)
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE)
@@ -1251,8 +1276,8 @@ def scripted(path: Path, family: Family, prompt_format: str = "chat", reply: str
     """A checkpoint whose greedy answer to anything is `reply`: the head looks at nothing but the last token."""
     write_checkpoint(path, family)
     codec = Codec.from_pretrained(path, prompt_format=prompt_format)
-    ((prompt, completion),) = codec.encode_demonstrations([("x", reply)])
-    chain = [prompt[-1], *completion]
+    prompt = codec.encode(codec.render([{"role": "user", "content": "x"}]))
+    chain = [prompt[-1], *encode_apart(reply, codec.tokenizer), *codec.end]
     assert len(set(chain)) == len(chain)
     config = read_config(path)
     config.tie_word_embeddings = False

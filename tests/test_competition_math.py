@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -30,6 +31,8 @@ MALFORMED = Grade(0.0, correct=False, well_formed=False)
         ("0.5", MALFORMED),
         (r"\boxed{}", MALFORMED),
         (r"\boxed{?}", WRONG),
+        (r"<think>It is \boxed{0.5}, or", MALFORMED),
+        (r"<think>It is \boxed{3}</think> \boxed{0.5}", CORRECT),
         (r"\boxed{__import__('os').system('true')}", WRONG),
         ("\\boxed{\ud800}", WRONG),
         ("\\boxed{\x00}", WRONG),
@@ -96,6 +99,7 @@ def test_the_tree_of_files_of_the_first_publication_loads(tmp_path):
         ({"solution": 5}, "solution must be a text"),
         ({"solution": "It is 5."}, "solution must have the answer in a .boxed.*'It is 5.'"),
         ({"solution": r"It is \boxed{}."}, "solution must have the answer"),
+        ({"solution": r"It is \boxed{$}."}, r"solution is not graded as right itself; its last box holds '\$'"),
         ({"answer": "2"}, r"answer '2' is not what the solution has in its last box"),
         ({"answer": 2}, "answer must be a text"),
         ({"level": ["1"]}, "level must be a text, an integer or absent"),
@@ -106,6 +110,36 @@ def test_the_tree_of_files_of_the_first_publication_loads(tmp_path):
 def test_bad_records_are_named_with_the_reason(tmp_path, change, reason):
     with pytest.raises(ValueError, match=rf"test\.jsonl:2: .*{reason}"):
         load_task("math", write(tmp_path, [RECORD, RECORD | change]))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{42}", "42"),
+        (r"So the sum is $40+2=\boxed{42}$.", "42"),
+        (r"$\boxed{42}$", "42"),
+        ("$42$", "42"),
+        ("$$ 42 $$", "42"),
+        (r" \(42\)\n".replace("\\n", "\n"), "42"),
+        (r"\[42\]", "42"),
+        ("42", "42"),
+        (r"\$42", r"\$42"),  # money
+        ("$1$ or $2$", "$1$ or $2$"),
+        ("[4, 2]", "[4, 2]"),
+    ],
+)
+def test_a_gold_is_taken_out_of_its_box_and_dollars(tmp_path, text, answer):
+    assert competition_math.bare_answer(text) == answer
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "40 + 2?", "answer": text}))
+    task = load_task("jsonl", tmp_path, verifier="math")
+    assert task.grade(f"\\boxed{{{answer}}}", task.train[0]) == CORRECT
+    assert task.grade(r"\boxed{41}", task.train[0]) == WRONG
+
+
+def test_a_gold_that_is_not_graded_as_right_is_a_bad_record(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "40 + 2?", "answer": "4}2"}))
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: answer is not graded as right itself .*'4}2'"):
+        load_task("jsonl", tmp_path, verifier="math")
 
 
 @pytest.mark.parametrize("field", ["problem", "solution"])
@@ -148,6 +182,7 @@ def test_math_verify_is_asked_gold_first(monkeypatch):
     assert grade(r"\boxed{1} \boxed{2/4}", EXAMPLE, verifier="math-verify") == CORRECT
     assert grade(r"\boxed{3}", EXAMPLE, verifier="math-verify") == WRONG
     assert asked == [([r"\boxed{\frac{1}{2}}"], [target]) for target in (r"\boxed{2/4}", r"\boxed{3}")]
+    assert grade(r"\boxed{\frac{1}{2}}", EXAMPLE, verifier="math-verify") == CORRECT  # the same text, so not asked
     assert grade("3", EXAMPLE, verifier="math-verify") == MALFORMED
     assert grade("\\boxed{" + "1" * 5000 + "}", EXAMPLE, verifier="math-verify") == WRONG
     assert len(asked) == 2
@@ -170,6 +205,7 @@ def test_the_published_subset_loads_and_its_demonstrations_grade_correct():
         assert example.answer in record["solution"]
         assert task.grade(example.demonstration, example) == CORRECT
         latex.read(latex.normalise(example.answer))  # none is compared as text only
+        assert latex.equivalent(example.answer, f"x={example.answer}") or re.search("[=,]", example.answer)
     assert {example.group for example in task.test} == {f"Level {n}" for n in range(1, 6)}
 
 
@@ -177,10 +213,13 @@ def test_the_published_subset_loads_and_its_demonstrations_grade_correct():
 def test_different_answers_of_the_published_subset_are_equal_only_in_notation():
     if not SHARED.is_dir():
         pytest.skip(f"no published records at {SHARED}")
-    forms: dict[object, set[str]] = {}
+    groups: dict[str, set[str]] = {}
     for answer in {example.answer for example in load_task("math", SHARED).test}:
-        forms.setdefault(latex.read(latex.normalise(answer))[2], set()).add(answer)
-    alike = {frozenset(answers) for answers in forms.values() if len(answers) > 1}
+        value, equation = latex.read(latex.UNIT.sub("", latex.normalise(answer)))
+        key = f"{float(latex.value_at(equation if value is None else value, 7)):.9g}"  # equal answers have equal values
+        groups.setdefault(key, set()).add(answer)
+    alike = {frozenset(answers) for answers in groups.values() if len(answers) > 1}
+    assert all(latex.equivalent(a, b) for answers in alike for a in answers for b in answers)
     assert alike == {
         frozenset({"-2,1", "1,-2"}),
         frozenset({r"10,\!080", "10080"}),

@@ -201,6 +201,25 @@ def answer(expression: str) -> str:
         (answer("44 + 19 + 35 = 98"), CORRECT),
         ("<answer>44 + 19 + 35=98</answer> and some text after it", CORRECT),
         ("44 + 54 = 98 </think>\n<answer> 44 + (19 + 35) </answer>", CORRECT),
+        # as people write: other signs, marks around the expression, tags that are only mentioned
+        (answer("`44 + 19 + 35`"), CORRECT),
+        (answer("$44 + 19 + 35 = 98$"), CORRECT),
+        (answer("\\(44 + 19\\) + 35"), CORRECT),
+        (answer("\\left(44 + 19\\right) + 35 = 98."), CORRECT),
+        (answer("44 \u2013 19 \\cdot 35 \\div 35 + 73"), WRONG),
+        (answer("44 \u00b7 19 \\times 35"), WRONG),
+        ("I close with <answer> tags. " + answer("44 + 19 + 35"), CORRECT),
+        (answer("44 + 19 + 35") * 2, CORRECT),
+        (answer("1") + answer("44 + 19 + 35"), CORRECT),
+        (answer("44 + 19 + 35") + answer("1"), WRONG),
+        (answer("44 + 19 + 35") + " or <answer> 1", CORRECT),
+        ("<answer><answer> 44 + 19 + 35 </answer></answer>", CORRECT),
+        ("<answer> <answer> 44 + 19 + 35 </answer>", CORRECT),
+        ("<answer> 44 + 19 + 35 </answer></answer>", CORRECT),
+        ("</answer><answer> 44 + 19 + 35 </answer>", CORRECT),
+        ("<answer> 44 + <answer> 19 </answer> + 35 </answer>", WRONG),
+        ("<think> I try " + answer("44 + 19 + 35"), MALFORMED),  # it was cut off while it thought
+        ("<think> no </think>" + answer("44 + 19 + 35"), CORRECT),
         # wrong: it parses, and is not a solution
         (answer("44 + 19 - 35"), WRONG),
         (answer("44 + 19 + 35 = 97"), WRONG),
@@ -246,13 +265,6 @@ def answer(expression: str) -> str:
         (answer("44 + 19 + 35 = \uff19\uff18"), MALFORMED),
         (answer("98 = 44 + 19 + 35"), MALFORMED),
         (answer("44 + 19 + 35 = " + "9" * 10_000), MALFORMED),
-        (answer("44 + 19 + 35") * 2, MALFORMED),
-        (answer("1") + answer("44 + 19 + 35"), MALFORMED),
-        ("<answer><answer> 44 + 19 + 35 </answer></answer>", MALFORMED),
-        ("<answer> 44 + <answer> 19 </answer> + 35 </answer>", MALFORMED),
-        ("<answer> <answer> 44 + 19 + 35 </answer>", MALFORMED),
-        ("<answer> 44 + 19 + 35 </answer></answer>", MALFORMED),
-        ("</answer><answer> 44 + 19 + 35 </answer>", MALFORMED),
         ("</answer> 44 + 19 + 35 <answer>", MALFORMED),
         ("<answer> 44 + 19 + 35", MALFORMED),
         ("44 + 19 + 35 </answer>", MALFORMED),
@@ -359,8 +371,11 @@ def test_grade_never_raises_and_is_consistent(completion):
     assert grade.reward == float(grade.correct)
     assert grade.well_formed or not grade.correct
     if grade.correct:  # then Python agrees
-        expression = re.fullmatch(r".*<answer>([^=]*)(= *0*98\s*)?</answer>.*", completion, re.DOTALL)[1]
-        value, used = ast_value(re.sub(r"\b0+(?=\d)", "", expression).translate(str.maketrans("×÷\u2212", "*/-")))
+        written = re.findall(r"(?s)<answer>((?:(?!</?answer>).)*)</answer>", completion)[-1].replace("$", "")
+        expression = re.fullmatch(r"(?s)([^=]*)(= *0*98\.?\s*)?", written.translate(str.maketrans("×÷\u2212", "*/-")))[
+            1
+        ]
+        value, used = ast_value(re.sub(r"\b0+(?=\d)", "", expression))
         assert (value, sorted(used)) == (98, [19, 35, 44])
 
 
@@ -378,6 +393,13 @@ def write(folder: Path, train: list, test: list) -> Path:
     for split, records in (("train", train), ("test", test)):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def test_records_may_say_nums(tmp_path):
+    record = {"nums": [44, 19, 35], "target": 98}
+    assert load_task("countdown", write(tmp_path, [record], [])).train[0].answer == "44 19 35 = 98"
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: the record lacks the field 'numbers'"):
+        load_task("countdown", write(tmp_path, [{"target": 98}], []))
 
 
 def test_read_keeps_order_and_text(tmp_path):

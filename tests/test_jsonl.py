@@ -46,9 +46,13 @@ def write(folder, *records):
         ("<answer>Paris", "Paris", MALFORMED),
         ("Paris</answer>", "Paris", MALFORMED),
         ("</answer>Paris<answer>", "Paris", MALFORMED),
-        ("<answer>Rome</answer><answer>Paris</answer>", "Paris", MALFORMED),
-        ("<answer><answer>Paris</answer>", "Paris", MALFORMED),
-        ("<answer>Paris</answer></answer>", "Paris", MALFORMED),
+        ("<answer>Rome</answer><answer>Paris</answer>", "Paris", CORRECT),
+        ("<answer>Paris</answer><answer>Rome</answer>", "Paris", WRONG),
+        ("I close with <answer> tags. <answer>Paris</answer>", "Paris", CORRECT),
+        ("<think>surely <answer>Paris</answer>", "Paris", MALFORMED),
+        ("<think>Rome?</think>\n<answer>Paris</answer>", "Paris", CORRECT),
+        ("<answer>Paris</answer> and so <answer>Ro", "Paris", CORRECT),
+        ("<answer>Paris</answer></answer>", "Paris", CORRECT),
         ("<answer</answer>", "Paris", MALFORMED),
         ("<ANSWER>Paris</ANSWER>", "<ANSWER>Paris</ANSWER>", CORRECT),
     ],
@@ -71,7 +75,12 @@ def test_exact(completion, answer, grade):
         ("42 <answer>43</answer>", "42", WRONG),
         ("forty-two", "42", MALFORMED),
         ("42 <answer>none</answer>", "42", MALFORMED),
-        ("<answer>42</answer><answer>42</answer>", "42", MALFORMED),
+        ("<answer>41</answer><answer>42</answer>", "42", CORRECT),
+        ("<answer>84/2</answer>", "42", CORRECT),
+        ("84/2", "42", CORRECT),
+        ("<answer>41 or 42</answer>", "42", MALFORMED),
+        ("<answer>2 * 21 = 42</answer>", "42", CORRECT),
+        ("<think>it may be 42", "42", MALFORMED),
         ("", "42", MALFORMED),
         ("none", "none", MALFORMED),
     ],
@@ -122,12 +131,12 @@ FRAGMENTS = st.lists(st.sampled_from(["<answer>", "</answer>", "42", " ", "4", "
 @given(st.text() | FRAGMENTS)
 def test_no_text_raises_and_only_the_answer_is_correct(text):
     tags = re.findall("</?answer>", text)
-    inside = re.sub("(?s).*<answer>(.*)</answer>.*", r"\1", text) if tags == ["<answer>", "</answer>"] else text
-    read = tags in ([], ["<answer>", "</answer>"])
+    pairs = re.findall("(?s)<answer>((?:(?!</?answer>).)*)</answer>", text)
+    inside, read = pairs[-1] if pairs else text, bool(pairs) or not tags
     assert jsonl.grade(text, Example("", "42")).correct == (read and inside.strip() == "42")
     numbers = re.findall(r"[0-9]*\.?[0-9]+", inside) if read else []
-    if set(inside) <= set("42 x"):  # signs, commas and other scripts have tests of their own
-        correct = bool(numbers) and numbers[-1] == "42"
+    if set(inside) <= set("42 "):  # what else may stand beside a number has tests of its own
+        correct = numbers == ["42"] if pairs else numbers[-1:] == ["42"]  # in tags, one number stands alone
         assert jsonl.grade(text, Example("", "42"), verifier="numeric").correct == correct
     assert jsonl.grade(text, Example("", "42"), verifier="regex").correct == ("42" in text)
 
@@ -165,9 +174,11 @@ def test_options_name_the_fields(tmp_path):
         ("-7", "-7"),
         ("0", "0"),
         ("0.5", "0.5"),
-        ("18.0", "18.0"),
+        ("18.0", "18"),
         ("0.00001", "0.00001"),
-        ("1e3", "1000.0"),
+        ("1e3", "1000"),
+        ("-0.0", "0"),
+        ("2.50", "2.5"),
         ("1e22", "10000000000000000000000"),
         ("12345678901234567890", "12345678901234567890"),
         ("9" * 400, "9" * 400),
@@ -200,6 +211,16 @@ def test_a_number_stands_for_its_digits(literal, answer):
         ({"answer": "(a"}, {"verifier": "regex"}, "answer must be a regular expression, got '(a': missing )"),
         ({"answer": "a{99999999999}"}, {"verifier": "regex"}, "answer must be a regular expression"),
         ({"answer": "(" * 9999}, {"verifier": "regex"}, ""),
+        (
+            {"answer": "<answer>4</answer>"},
+            {},
+            "answer is not graded as right itself by the verifier 'exact', got '<ans",
+        ),
+        (
+            {"answer": "\\frac{1}{2"},
+            {"verifier": "math"},
+            "answer is not graded as right itself by the verifier 'math'",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

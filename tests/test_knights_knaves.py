@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data import knights_knaves as kk
 from data import load_task
-from data.knights_knaves_text import TAGS, natural_statement
+from data.knights_knaves_text import natural_statement
 from data.task import Example
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/knights_knaves"
@@ -299,6 +299,7 @@ def test_both_wordings_tell_the_same_puzzles():
         ({"test_size": 1.5}, "test_size 1.5: must be"),
         ({"depth": 1}, "depth 1: must be a whole number from 2"),
         ({"width": 1}, "width 1: must be a whole number from 2"),
+        ({"people": 2, "width": 3}, "width 3: needs as many people or more, got people=2"),
         ({"demonstrations": 4001}, "demonstrations 4001: must be a whole number from 0 to 4000"),
         ({"wording": "Terse"}, "wording must be 'terse' or 'natural', got 'Terse'"),
         (
@@ -432,7 +433,15 @@ ALL_NATURAL = [in_lines(["Michael", "Zoey", "Ethan"], roles) for roles in assign
         (f"**Conclusion:**\n\n  {LINES[0]}. \n**{LINES[1].upper()}**\n{LINES[2]}.", GOOD),
         ("CONCLUSION: (1) **Michael** is a knight\n(2)  Zoey is a  knave\n(3) Ethan is a **knight**.", GOOD),
         ("CONCLUSION:\n(1) Zoey is a knave\n(2) Ethan is a knight\n(3) Michael is a knight", GOOD),
+        (f"CONCLUSION:\n{LINES[0]}\n(3) Zoey is a knave\n(2) Ethan is a knight", GOOD),
+        (f"CONCLUSION:\n{LINES[0]}\nZoey is a knave\n{LINES[2]}", GOOD),
+        ("CONCLUSION:\n" + " ".join(LINES), GOOD),
+        ("CONCLUSION:\nMichael is a knight, Zoey is a knave, and Ethan is a knight.", GOOD),
+        ("CONCLUSION:\nEthan is a knight; Zoey is a knave; Michael is a knight", GOOD),
+        ("CONCLUSION:\n1. Michael is a knight\n2. Zoey is a knave\n3) Ethan is a knight", GOOD),
+        ("CONCLUSION:\n- Michael is a knight\n* Zoey is a knave\n• **Ethan** is a knight", GOOD),
         (f"CONCLUSION:\n{ALL_NATURAL[0]}", WRONG),
+        ("CONCLUSION: Michael is a knight, Zoey is a knight, Ethan is a knight", WRONG),
         (f"CONCLUSION:\n{ALL_NATURAL[-1]}", WRONG),
         ("", MALFORMED),
         ("CONCLUSION:", MALFORMED),
@@ -450,9 +459,10 @@ ALL_NATURAL = [in_lines(["Michael", "Zoey", "Ethan"], roles) for roles in assign
         (f"CONCLUSION:\n{LINES[0]}\n(2) Zoey is a knight or a knave\n{LINES[2]}", MALFORMED),
         (f"CONCLUSION:\n{LINES[0]}\n(2) Zoey is not a knight\n{LINES[2]}", MALFORMED),
         (f"CONCLUSION:\n{LINES[0]}\n(2) Zoe is a knave\n{LINES[2]}", MALFORMED),
-        (f"CONCLUSION:\n{LINES[0]}\n(3) Zoey is a knave\n(2) Ethan is a knight", MALFORMED),
-        (f"CONCLUSION:\n{LINES[0]}\nZoey is a knave\n{LINES[2]}", MALFORMED),
-        ("CONCLUSION:\n" + " ".join(LINES), MALFORMED),
+        (f"<think>CONCLUSION:\n{NATURAL.answer}", MALFORMED),
+        ("CONCLUSION:\nMichaela is a knight, Zoey is a knave, Ethan is a knight", MALFORMED),
+        ("CONCLUSION:\nMichael is a knighthood, Zoey is a knave, Ethan is a knight", MALFORMED),
+        ("CONCLUSION:\nMichael is a knight or Zoey is a knave, Ethan is a knight", MALFORMED),
         ("CONCLUSION:\n" + "\n".join(ALL_NATURAL), MALFORMED),
         ("\n".join(f"CONCLUSION:\n{answer}" for answer in ALL_NATURAL), MALFORMED),
         ("so A b C", MALFORMED),
@@ -494,10 +504,19 @@ def tagged(think, answer):
         (f"<think></think></answer>{NATURAL.answer}<answer>", -3.0),
         (f"<think></think><answer>{NATURAL.answer}", -3.0),
         (f"<Think></Think><Answer>{NATURAL.answer}</Answer>", -3.0),
-        (tagged("", NATURAL.answer) * 2, -3.0),
-        (tagged("<think>", NATURAL.answer), -3.0),
-        (tagged("", ALL_NATURAL[0]) + f"<answer>{NATURAL.answer}</answer>", -3.0),
-        (tagged("", f"{NATURAL.answer}</answer>"), -3.0),
+        (tagged("", NATURAL.answer) * 2, 3.0),  # the last complete pair counts
+        (tagged("I end with <answer> tags", NATURAL.answer), 3.0),
+        (tagged("<think>", NATURAL.answer), 3.0),
+        (tagged("", ALL_NATURAL[0]) + f"<answer>{NATURAL.answer}</answer>", 3.0),
+        (tagged("", NATURAL.answer) + f"<answer>{ALL_NATURAL[0]}</answer>", -0.5),
+        (tagged("", f"{NATURAL.answer}</answer>"), 3.0),
+        (tagged("", NATURAL.answer) + f"<think>wait <answer>{ALL_NATURAL[0]}</answer>", 3.0),  # cut off
+        (tagged("", NATURAL.answer.replace("\n", ", ")), 3.0),
+        (tagged("", "Michael is a knight; Zoey is a knave; Ethan is a knight"), 3.0),
+        (tagged("", "1. Ethan is a knight\n2. Michael is a knight\n3. Zoey is a knave"), 3.0),
+        (tagged("", "- Michael is a knight\n- Zoey is a knave\n- Ethan is a knight"), 3.0),
+        (tagged("", "Michael is a knight, Zoey is a knave, Zoey is a knave"), -1.0),
+        (tagged("", "Michael is a knight, Zoey is a knave, Zoey is a knave, Ethan is a knight"), -1.0),
     ],
     ids=ascii,
 )
@@ -571,7 +590,7 @@ FRAGMENTS = st.lists(
             "CONCLUSION:",
             NATURAL.answer,
             *LINES,
-            *TAGS,
+            *("<think>", "</think>", "<answer>", "</answer>"),
             "**",
             ".",
             "\x00",
@@ -589,20 +608,21 @@ def test_no_text_raises_and_only_the_exact_answer_is_correct(text):
     lines = [line.strip() for line in text.strip().splitlines()]
     right = lines[-1:] == ["so A b C"] and not any(line == "so" or line.startswith("so ") for line in lines[:-1])
     assert terse.correct == right
-    plain = text.replace("**", "").lower()
+    finished = re.sub(r"(?s)<think>((?!</think>).)*\Z", "", text)  # without a thought that was cut off
+    plain = finished.replace("**", "").lower()
     if natural.correct:
         assert plain.count("conclusion:") == 1
-        tail = re.sub(r"[\s.]+", " ", plain.partition("conclusion:")[2]).strip()
-        assert re.sub(r"\((\d)\) ?", "", tail) in {
+        tail = re.sub(r"\(?[0-9]+[.)]|[\s.*•,;-]|\band\b", " ", plain.partition("conclusion:")[2])
+        assert " ".join(tail.split()) in {
             re.sub(r"\(\d\) ", "", " ".join(order)).lower() for order in itertools.permutations(LINES)
         }
-    if text.endswith("CONCLUSION:\n" + NATURAL.answer) and plain.count("conclusion:") == 1:
+    if finished.endswith("CONCLUSION:\n" + NATURAL.answer) and plain.count("conclusion:") == 1:
         assert natural.correct
-    found = re.fullmatch(r"(.*)<think>(.*)</think>(.*)<answer>(.*)</answer>(.*)", text, re.DOTALL)
-    well_tagged = found is not None and not any(re.search("</?(think|answer)>", part) for part in found.groups())
-    conclusion = kk.grade(f"CONCLUSION:\n{found[4]}", NATURAL) if well_tagged else None
+    pairs = list(re.finditer(r"(?s)<answer>((?:(?!</?answer>).)*)</answer>", finished))
+    well_tagged = pairs and re.search(r"(?s)<think>.*</think>", finished[: pairs[-1].start()])
+    conclusion = kk.grade(f"CONCLUSION:\n{pairs[-1][1]}", NATURAL) if well_tagged else None
     reward = -3.0 if conclusion is None else 3.0 if conclusion.correct else -0.5 if conclusion.well_formed else -1.0
-    if not (well_tagged and "conclusion:" in plain):
+    if not (well_tagged and ("conclusion:" in plain or "<think>" in pairs[-1][1])):
         assert kk.grade(text, NATURAL, format="logic-rl").reward == reward
 
 

@@ -145,6 +145,31 @@ def test_the_stop_token_is_kept_and_nothing_follows_it():
     assert {1, 12} <= lengths  # stops at the very first token, and rows that were cut off
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_stop_sequence_ends_a_completion_where_it_is_complete(length):
+    """Cut by hand from the free completions: at the first place where the sequence has been written in full."""
+    model, prompts, free = random_model(), PROMPTS * 4, SamplingParams(24)
+    rows = generate(model, prompts, free, generator=seeded(0)).completions
+    stops = tuple(
+        tuple(row[start : start + length]) for row, start in ((rows[0], 0), (rows[1], 9), (rows[2], 24 - length))
+    )
+
+    def ended(row: list[int]) -> bool:
+        return any(tuple(row[-len(stop) :]) == stop for stop in stops)
+
+    expected = [next((row[:n] for n in range(1, 25) if ended(row[:n])), row) for row in rows]
+    assert {length, 9 + length, 24} <= set(map(len, expected))
+    result = generate(model, prompts, SamplingParams(24, stop_sequences=stops), generator=seeded(0))
+    assert result.completions == expected
+    assert result.finished == list(map(ended, expected))
+    assert set(result.finished) == {True, False}
+
+
+def test_an_empty_stop_sequence_is_refused():
+    with pytest.raises(ValueError, match="stop_sequences: an empty one"):
+        SamplingParams(4, stop_sequences=((1,), ()))
+
+
 def test_a_stop_token_drawn_at_the_last_step_counts_as_finished():
     model = random_model()
     free = generate(model, PROMPTS[:1], greedy(6))

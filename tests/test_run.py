@@ -27,8 +27,8 @@ from model import Transformer
 from run.checkpoint import Checkpoint, RunFolder
 from run.config import flag_name
 from run.lifecycle import Interrupt, Stopped
-from run.report import Progress, clock, provenance, seconds_left
-from run.setup import load_task_spec
+from run.report import Progress, clock, closing_table, headline, progress_line, provenance, seconds_left
+from run.setup import load_task_spec, load_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT.parent / "shared/data"
@@ -64,7 +64,7 @@ def config(out, **changes):
 
 
 def by_length(text, example):
-    return Grade(len(text) % 3 / 2, False, False)
+    return Grade(len(text) % 3 / 2, text == example.demonstration, False)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,8 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     adaptive = {"p_sft", "alpha", "sft_norm", "sft_norm_age"}
     grpo = {"reward_mean", "reward_std", "zero_variance_fraction", "completion_length", "truncated_fraction"}
     grpo |= {"kl", "entropy", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean", "ratio_max"}
-    grpo |= {"sampler_gap", "reward_failures"}
+    grpo |= {"sampler_gap", "reward_failures", "all_right_fraction", "all_wrong_fraction", "unparsed_fraction"}
+    grpo |= {"prompts_drawn", "signal_groups"}
     for record in records:
         wanted = everywhere | (adaptive if record["phase"] == "adaptive" else set())
         wanted |= grpo if record["kind"] == "grpo" else set()
@@ -225,6 +226,27 @@ def test_the_time_left_counts_steps_and_evaluations_still_to_come():
     assert seconds_left(config, state) < 9 + 10 * 8 + 2 * 60 + 1
 
 
+def test_steps_that_learnt_nothing_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(knights_knaves, "grade", lambda text, example: Grade(0.0, text == example.demonstration, False))
+    summary = sasr.train(config(tmp_path / "x", controller="alternate", eval_every=0, ood_task="none"))
+    assert (summary["grpo_steps"], summary["grpo_skipped"]) == (5, 5)
+    table = closing_table(summary)
+    assert re.search(r"\nsteps +4 +5 +5 +14\nof these without signal +5\n", table)
+    assert table.split("what looks wrong")[1].splitlines()[1:] == [f"- {line}" for line in summary["diagnosis"]]
+    state = sasr.State(
+        step=14, sft_steps=5, grpo_steps=5, grpo_skipped=3, seconds=dict.fromkeys(sasr.State().seconds, 1.0)
+    )
+    assert " skipped 3 " in progress_line(config(tmp_path), state, {"kind": "grpo", "loss": 0.0, "p_sft": 0.5})
+    state.grpo_skipped = 0
+    assert "skipped" not in progress_line(config(tmp_path), state, {"kind": "grpo", "loss": 0.0, "p_sft": 0.5})
+
+
+def test_a_line_of_the_metrics_that_cannot_be_read_is_told_and_left_out(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo\n[1]\n{"step": 4}\n')
+    assert RunFolder(tmp_path).records() == [{"step": 1}, {"step": 4}]
+    assert "metrics.jsonl:2: no JSON object, so not looked at (such lines: 2)" in capsys.readouterr().err
+
+
 def test_a_closed_terminal_or_pipe_does_not_stop_a_run(tmp_path, monkeypatch):
     class Closed(io.StringIO):
         def write(self, text):
@@ -291,17 +313,58 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monk
     assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
+def test_a_run_of_an_earlier_version_goes_on_as_it_would_have_then(tmp_path, monkeypatch, whole):
+    """What it wrote had no count of skipped steps and further rollouts, and no --resample-groups."""
+    with monkeypatch.context() as patch:
+        crash_at(patch, 11)
+        with pytest.raises(Crash):
+            sasr.train(config(tmp_path / "old"))
+    folder = RunFolder(tmp_path / "old")
+    checkpoint = folder.find_checkpoint()
+    tensors, state = checkpoint.tensors(), checkpoint.state
+    file = tmp_path / "old/config.json"
+    values = json.loads(file.read_text())
+    for keys, added in ((state["state"], ("grpo_skipped", "extra_rollouts")), (state["config"], ("resample_groups",))):
+        for key in added:
+            del keys[key]
+    del values["resample_groups"]
+    file.write_text(json.dumps(values))
+    folder.rewind(checkpoint)
+    folder.save_checkpoint(tensors, state)
+    sasr.resume(tmp_path / "old")
+    assert lines(tmp_path / "old") == lines(whole)
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(tmp_path / "old").values(), strict=True)
+    )
+
+
+def test_with_resampled_groups_too_a_resumed_run_draws_the_same_prompts(tmp_path, monkeypatch):
+    few = {"controller": "grpo", "resample_groups": 2, "kl_coef": 0.0, "eval_every": 0, "ood_task": "none", "steps": 6}
+    sasr.train(config(tmp_path / "whole", **few))
+    with monkeypatch.context() as patch:
+        crash_at(patch, 8)
+        with pytest.raises(Crash):
+            sasr.train(config(tmp_path / "cut", **few))
+    sasr.resume(tmp_path / "cut")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    drawn = [record["prompts_drawn"] for record in lines(tmp_path / "whole")[4:]]
+    state = RunFolder(tmp_path / "whole").find_checkpoint().state["state"]
+    assert 2 * (state["grpo_steps"] + state["extra_rollouts"]) == sum(drawn) > 2 * 6
+
+
 def test_a_checkpoint_has_the_keys_that_earlier_versions_wrote_and_read(whole):
     """Runs outlive the code that began them, so what is in their files keeps its names."""
     checkpoint = RunFolder(whole).find_checkpoint()
     assert set(checkpoint.state) == {"state", "controller", "fingerprint", "config", "config_hash", "metrics_bytes"}
     state = "step sft_steps grpo_steps norm_step bad_steps bad_in_a_row reward_failures seconds accuracy scores reward"
-    assert set(checkpoint.state["state"]) == {*state.split(), "unlogged"}
+    added = {"grpo_skipped", "extra_rollouts"}  # a run without them is resumed all the same
+    assert set(checkpoint.state["state"]) == {*state.split(), "unlogged"} | added
     assert set(checkpoint.state["state"]["seconds"]) == {"warmup", "sft", "grpo", "eval"}
     assert set(checkpoint.state["controller"]) == {"g_warmup", "g_last", "warmup_norms"}
     values = checkpoint.state["config"]
-    assert values == json.loads((whole / "config.json").read_text()) == dataclasses.asdict(config(whole))
-    sorted_values = json.dumps(values | {"out": ""}, sort_keys=True)
+    date = {"template_date": values["template_date"]}  # when it began
+    assert values == json.loads((whole / "config.json").read_text()) == dataclasses.asdict(config(whole)) | date
+    sorted_values = json.dumps(values | {"out": "", "template_date": ""}, sort_keys=True)
     assert checkpoint.state["config_hash"] == hashlib.sha256(sorted_values.encode()).hexdigest()[:16]
     names = {name.partition(".model.")[0] for name in checkpoint.tensors()}
     assert names == {"model", "optimizer.step", "optimizer.exp_avg", "optimizer.exp_avg_sq", "reference"}
@@ -428,7 +491,7 @@ def test_data_that_moved_can_be_named_anew(tmp_path):
 def test_resuming_with_other_data_is_refused(tmp_path, monkeypatch):
     sasr.train(config(tmp_path / "x"))
     monkeypatch.setattr(knights_knaves, "terse_trace", lambda *_: "so k k k")
-    with pytest.raises(ValueError, match="other examples or another tokenizer"):
+    with pytest.raises(ValueError, match=r"x/checkpoint does not fit this run: other training examples .* --task kni"):
         sasr.resume(tmp_path / "x")
 
 
@@ -631,6 +694,33 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message, cap
     assert captured.err.startswith("sasr.py: ")
     assert message in captured.err
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("task", "harder"),
+    [
+        ("knights-knaves", "width=3,train_size=1"),
+        ("knights-knaves:people=4,train_size=9,test_size=3", "people=4,width=3,train_size=1"),
+        ("knights-knaves:wording=natural,format=logic-rl", "wording=natural,format=logic-rl,width=3,train_size=1"),
+        ("countdown:numbers=2,high=20,train_size=9,demonstrations=4", "numbers=4,high=20,train_size=1"),
+        ("knights-knaves:width=3,train_size=9", None),  # is that task
+        ("countdown:numbers=5,train_size=9,test_size=3", None),  # is harder
+        ("knights-knaves:people=2,train_size=9,test_size=3", None),  # two people cannot be named in a claim of three
+        ("countdown:numbers=2,low=9,high=10,train_size=4,test_size=1", None),  # too few of four numbers
+    ],
+)
+def test_the_out_of_domain_task_keeps_the_options_of_the_task(task, harder):
+    found = load_tasks(sasr.Config(task=task))[2]
+    if harder is None:
+        assert found is None
+    else:
+        expected = load_task_spec(f"{task.partition(':')[0]}:{harder}", "", 0)
+        assert (found.test, found.verify.keywords) == (expected.test, expected.verify.keywords)
+
+
+def test_a_task_without_a_harder_variant_is_told(tmp_path):
+    trainer = sasr.Trainer(config(tmp_path / "x", task="countdown:numbers=4,train_size=9,test_size=3", ood_task="auto"))
+    assert "there is no harder variant of countdown:numbers=4,train_size=9,test_size=3" in headline(trainer, tmp_path)
 
 
 def test_task_specs():

@@ -336,7 +336,7 @@ def trainer_on(task, codec, monkeypatch, **changes):
 
 def rewards_of(trainer, completions, chosen):
     rollout = Rollout(completions, [[0.0] * len(ids) for ids in completions], [True] * len(completions))
-    return sasr.compute_rewards(trainer, rollout, chosen, {})
+    return sasr.compute_rewards(trainer, sasr.grade_rollout(trainer, chosen, rollout), {})
 
 
 def echo_task():
@@ -350,7 +350,8 @@ def echo_task():
     def verify(text, example):
         if not example.answer:  # of the test split: whatever has a letter; nothing at all is half as good as wrong
             return Grade(1.0 if text else -0.5, correct=bool(text), well_formed=bool(text))
-        return Grade(float(text == example.answer), correct=text == example.answer, well_formed=True)
+        right = text in (example.answer, example.demonstration)
+        return Grade(float(right), correct=right, well_formed=True)
 
     return Task("echo", train, test, verify)
 
@@ -434,7 +435,10 @@ def test_an_out_of_domain_task_without_examples_is_not_scored(monkeypatch):
 
 
 def demonstrated(count=6):
-    return [{"prompt": q, "answer": i, "demonstration": f"It is #### {i}"} for i, q in enumerate(QUESTIONS[:count])]
+    return [
+        {"prompt": q, "answer": i, "demonstration": f"It is <answer>{i}</answer>"}
+        for i, q in enumerate(QUESTIONS[:count])
+    ]
 
 
 @pytest.fixture
@@ -724,7 +728,7 @@ def cuda_plan(model, data, **changes):
 
 @pytest.fixture
 def long_records(tmp_path):
-    records = [{"prompt": "p" * 200, "answer": "x", "demonstration": "d" * 300}] * 10
+    records = [{"prompt": "p" * 200, "answer": "d" * 300, "demonstration": "d" * 300}] * 10
     for split in ("train", "test"):
         write_jsonl(tmp_path / f"long/{split}.jsonl", records)
     return tmp_path / "long"

@@ -1,5 +1,6 @@
 """Runs that are killed, disks that fill up, files that change, steps that go wrong: nothing is lost."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -26,11 +28,13 @@ from test_run import begin, config, lines, weights
 import rollout
 import run.checkpoint
 import sasr
-from data import chat
+from data import Grade, chat, knights_knaves
 from data.batch import Batch
 from data.chat import ChatTemplate
 from data.isolated import IsolatedVerifier
-from data.task import Example
+from data.task import Example, load_reward
+from data.tokenizer import Codec, train_tokenizer
+from model import ModelConfig, Transformer
 from run.checkpoint import SUMS, RunFolder, named_tensors, remove, sha256
 from run.lifecycle import Fault, Run
 from run.setup import load_tasks
@@ -49,7 +53,7 @@ import torch
 from data import Grade, knights_knaves
 
 # An untrained model solves nothing, and GRPO skips a step without signal: reward something else.
-knights_knaves.grade = lambda text, example: Grade(len(text) % 3 / 2, False, False)
+knights_knaves.grade = lambda text, example: Grade(len(text) % 3 / 2, text == example.demonstration, False)
 
 flags, event, count = json.loads(sys.argv[1])
 left = count
@@ -686,6 +690,68 @@ def test_a_grade_of_the_users_becomes_a_plain_one(tmp_path, grade):
     assert (found.reward, found.correct, found.well_formed, found.flexible) == (0.5, True, False, None)
 
 
+GRADED = "from data import Example\nfrom data.task import Grade\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "source"),
+    [
+        ({"data.py": "MARK = 7"}, "import data\ndef reward(c, e): return data.MARK"),
+        ({"data.py": "MARK = 7"}, "def reward(c, e):\n    import data\n    return data.MARK"),
+        (
+            {"data/__init__.py": "", "data/task.py": "MARK = 7"},
+            "from data.task import MARK\ndef reward(c, e): return MARK",
+        ),
+        ({"data/mine.py": "MARK = 7"}, "from data.mine import MARK\ndef reward(c, e): return MARK"),
+        ({"data/mine.py": "MARK = 7"}, "def reward(c, e):\n    from data.mine import MARK\n    return MARK"),
+        ({"kernels/mine.py": "MARK = 7"}, "def reward(c, e):\n    from kernels.mine import MARK\n    return MARK"),
+        ({"run.py": "MARK = 7"}, "import run\ndef reward(c, e): return run.MARK"),
+        ({"model.py": "MARK = 7"}, "def reward(c, e):\n    import model\n    return model.MARK"),
+        (
+            {"rollout.py": "import model", "model.py": "MARK = 7"},
+            "import rollout as r\ndef reward(c, e): return r.model.MARK",
+        ),
+        ({}, GRADED + "def reward(c, e): return Grade(7.0, isinstance(e, Example), True)"),
+        (
+            {"data/train.jsonl": "{}", "model.py": ""},
+            GRADED + "def reward(c, e): return Grade(7.0, isinstance(e, Example), True)",
+        ),
+        ({}, "def reward(c, e):\n    from data.latex import __name__ as name\n    import baselines\n    return 7"),
+    ],
+)
+def test_what_stands_beside_a_reward_comes_before_ours(tmp_path, monkeypatch, files, source):
+    monkeypatch.chdir(ROOT)  # from where ours can be imported, too
+    for name, text in (files | {"reward.py": source}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    verify = isolated(f"{tmp_path / 'reward.py'}:reward", on_error="stop")
+    assert verify("x", EXAMPLE) == verify("x", EXAMPLE) == Grade(7.0, correct=True, well_formed=True)
+
+
+def test_what_stands_beside_a_module_comes_before_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.py").write_text("def reward(c, e): return 7")
+    (tmp_path / "own.py").write_text("from data import reward")
+    for module in ("own", "data"):
+        assert isolated(f"{module}:reward", on_error="stop")("x", EXAMPLE).reward == 7
+
+
+def test_a_reward_beside_a_copy_of_these_files_returns_the_grade_of_that_copy(tmp_path):
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "reward.py").write_text(GRADED + "def reward(c, e): return Grade(0.5, True, False, flexible=True)")
+    found = isolated(f"{tmp_path / 'reward.py'}:reward", on_error="stop")("x", EXAMPLE)
+    assert found == Grade(0.5, correct=True, well_formed=False, flexible=True)
+
+
+def test_a_reward_in_this_process_leaves_what_is_loaded_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "data"}
+    (tmp_path / "data.py").write_text("MARK = 7")
+    (tmp_path / "reward.py").write_text("def reward(c, e): return 7")
+    assert load_reward(f"{tmp_path / 'reward.py'}:reward")("x", EXAMPLE).reward == 7
+    assert {name: sys.modules[name] for name in loaded} == loaded
+
+
 def test_the_time_out_works_off_the_main_thread(reward_file):
     grades = []
     thread = threading.Thread(target=lambda: grades.append(isolated(reward_file)("hang", EXAMPLE)))
@@ -807,13 +873,21 @@ def test_a_vocabulary_of_one_token_has_one_thing_to_say():
 
 
 @pytest.mark.parametrize("advantage", ["zscore", "centered", "median"])
-def test_groups_of_one_teach_nothing_and_are_no_fault(tmp_path, advantage):
-    sasr.train(config(tmp_path / "x", controller="grpo", group_size=1, advantage=advantage, eval_every=0))
+def test_groups_that_all_agree_teach_nothing_and_are_no_fault(tmp_path, advantage, monkeypatch):
+    monkeypatch.setattr(knights_knaves, "grade", lambda text, example: Grade(0.5, text == example.demonstration, True))
+    summary = sasr.train(config(tmp_path / "x", controller="grpo", advantage=advantage, eval_every=0))
     records = [record for record in lines(tmp_path / "x") if record["kind"] == "grpo"]
     assert {(record["loss"], record["grad_norm"], record["zero_variance_fraction"]) for record in records} == {
         (0, 0, 1)
     }
-    assert json.loads((tmp_path / "x/summary.json").read_text())["bad_steps"] == 0
+    assert (summary["bad_steps"], summary["grpo_skipped"]) == (0, summary["grpo_steps"])
+    assert "100% of groups have no signal (0% are all right, 100% all wrong)" in "".join(summary["diagnosis"])
+
+
+def test_a_group_size_of_one_is_refused_before_anything_is_written(tmp_path, capsys):
+    assert sasr.main([*flags_of(tmp_path / "x"), "--group-size", "1"]) == 2
+    assert "--group-size 1: a sample alone in its group" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_empty_demonstration_teaches_to_stop(tmp_path):
@@ -973,7 +1047,7 @@ def with_checkpoint(source: Path, out: Path, change) -> RunFolder:
     found = folder.find_checkpoint()
     tensors, state = found.tensors(), found.state
     change(tensors, state)
-    shutil.rmtree(out / "checkpoint.old")
+    remove(out / "checkpoint.old")
     folder.save_checkpoint(tensors, state)
     shutil.rmtree(out / "checkpoint.old")
     return folder
@@ -1081,3 +1155,235 @@ def test_a_pipe_in_a_runs_folder_is_named(stopped_run, tmp_path, capsys):
     os.mkfifo(tmp_path / "run/pipe")
     assert sasr.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 2
     assert "run/pipe: a link, or no plain file" in capsys.readouterr().err
+
+
+# ---- What a run is made of -------------------------------------------------------------------------------------------
+
+DATED = """{{ strftime_now('%A %d %B %Y, %H:%M:%S') }}
+{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+SCORE = "import zlib\ndef score(completion, example): return zlib.crc32(completion.encode()) % 5 / 4\n"
+KEPT = {"warmup_steps": 1, "controller": "alternate", "sft_batch_size": 2, "prompts_per_step": 2, "group_size": 3}
+KEPT |= {"max_new_tokens": 8, "eval_examples": 2, "eval_every": 1, "save_every": 0, "lr_schedule": "constant"}
+KEPT |= {"device": "cpu", "ood_task": "none", "task": "jsonl", "prompt_format": "chat"}
+KEPT = [part for name, value in KEPT.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """A folder with a model, data, a reward, the run `cut` of 2 steps begun with relative paths, and `whole`, of 4."""
+    here = tmp_path_factory.mktemp("kept")
+    tokenizer = train_tokenizer(["user assistant What is 17 + 25? It is <answer>42</answer>"], 300)
+    torch.manual_seed(0)
+    (here / "model").mkdir()
+    Transformer(ModelConfig.small(tokenizer.get_vocab_size(), 32, 1, 2, 512, 0)).save_pretrained(here / "model")
+    Codec(tokenizer, (0,)).save(here / "model")
+    (here / "model/chat_template.jinja").write_text(DATED)
+    (here / "reward.py").write_text(SCORE)
+    (here / "data").mkdir()
+    for split in ("train", "test"):
+        records = [{"prompt": f"{split} {i} + 1?", "answer": str(i + 1)} for i in range(4)]
+        records = [record | {"demonstration": f"<answer>{record['answer']}</answer>"} for record in records]
+        (here / f"data/{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        begun = [*KEPT, "--model", "model", "--data", "data", "--reward", "reward.py:score"]
+        assert sasr.main([*begun, "--out", "cut", "--steps", "2"]) == 0
+        date = json.loads((here / "cut/config.json").read_text())["template_date"]
+        assert sasr.main([*begun, "--out", "whole", "--steps", "4", "--template-date", date]) == 0
+    return here
+
+
+@pytest.fixture
+def tomorrow(monkeypatch):
+    class Tomorrow(chat.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2099, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(chat, "datetime", Tomorrow)
+    monkeypatch.setattr(run.config, "datetime", Tomorrow)
+
+
+@contextlib.contextmanager
+def moved(path: Path, to: Path):
+    path.rename(to)
+    try:
+        yield to
+    finally:
+        to.rename(path)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["", "--model", "--data", "--reward", "model gone", "model gone, killed between two renames", "model linked"],
+)
+def test_a_run_goes_on_from_any_directory_on_any_day_and_wherever_its_files_are(
+    kept, tmp_path, monkeypatch, tomorrow, capsys, flag
+):
+    """Bit for bit as if it had never stopped, in place and in a branch."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept / "cut", tmp_path / "run")  # moved, too
+    name = {"--reward": "reward.py"}.get(flag, flag.strip("-").partition(" ")[0])
+    if "killed" in flag:
+        (tmp_path / "run/model").rename(tmp_path / "run/model.old")
+    with moved(kept / name, kept / f"new-{name}") if name else contextlib.nullcontext() as new:
+        if flag == "model linked":
+            (tmp_path / "link").symlink_to(new)
+            new = "link"
+        changed = [flag.replace("model linked", "--model"), f"{new}:score" if flag == "--reward" else str(new)]
+        changed = changed if name and "gone" not in flag else []
+        for place in (["--out", "branch"], []):
+            assert sasr.main(["--resume", "run", "--steps", "4", *changed, *place]) == 0
+            told = capsys.readouterr().err
+            gone = f"--model {kept / 'model'}: no such directory"
+            assert (
+                f"{gone}, and not the id of a model on the hub (OWNER/NAME); going on from the run's own " in told
+            ) == ("gone" in flag)
+    for out in (tmp_path / "branch", tmp_path / "run"):
+        same_run(out, kept / "whole")
+    values = json.loads((tmp_path / "run/config.json").read_text())
+    assert values["data"] == str(new if flag == "--data" else kept / "data")
+    if flag == "model linked":
+        assert values["model"] == str(tmp_path / "link")
+
+
+def edit(*path: str, **changes):
+    """A change of a JSON file, or of the last record of a file of records, or the text that is put into a file."""
+
+    def change(here: Path) -> None:
+        file = here.joinpath(*path)
+        if "text" in changes:
+            file.write_text(changes["text"])
+        elif file.suffix == ".jsonl":
+            lines = file.read_text().splitlines()
+            file.write_text("\n".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | changes)]) + "\n")
+        else:
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (edit("model", "chat_template.jinja", text=DATED + " "), "chat template"),
+        (edit("model", "tokenizer_config.json", bos_token="<s>"), "special tokens (tokenizer_config.json)"),
+        (edit("model", "tokenizer.json", normalizer={"type": "NFC"}), "tokenizer (tokenizer.json)"),
+        (edit("model", "generation_config.json", eos_token_id=[0, 7]), "stop tokens (generation_config.json)"),
+        (edit("model", "config.json", rope_theta=5e5), "model (config.json)"),
+        (edit("data", "train.jsonl", prompt="4 + 1?"), "training examples"),
+        (edit("data", "train.jsonl", demonstration="<answer> 4</answer>"), "training examples"),
+        (edit("data", "train.jsonl", answer="5"), "training examples"),
+        (edit("data", "test.jsonl", answer="5"), "test examples"),
+    ],
+)
+def test_what_changed_in_between_is_refused_by_name_and_nothing_is_written(kept, tmp_path, capsys, change, kind):
+    for folder in ("model", "data", "cut"):
+        shutil.copytree(kept / folder, tmp_path / folder)
+    if not (tmp_path / "model/generation_config.json").exists():
+        (tmp_path / "model/generation_config.json").write_text("{}")
+    change(tmp_path)
+    before = {file: file.read_bytes() for file in (tmp_path / "cut").rglob("*") if file.is_file()}
+    places = ["--data", str(tmp_path / "data"), "--model", str(tmp_path / "model")]
+    assert sasr.main(["--resume", str(tmp_path / "cut"), "--steps", "4", *places]) == 2
+    flags = " ".join(["--task", "jsonl", *places])
+    reason = f"{tmp_path}/cut/checkpoint does not fit this run: other {kind} than when it was written: {flags}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"sasr.py: {reason}"
+    assert {file: file.read_bytes() for file in (tmp_path / "cut").rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["training prompts", "demonstrations", "evaluation prompts", "verifier"])
+def test_another_version_that_makes_other_tokens_of_the_same_examples_is_refused(kept, tmp_path, capsys, kind):
+    change = lambda tensors, state: state["fingerprint"].update({kind: "0" * 64})  # noqa: E731
+    folder = with_checkpoint(kept / "cut", tmp_path / "run", change)
+    assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
+    assert f"does not fit this run: other {kind} than when it was written" in capsys.readouterr().err
+
+
+def test_a_template_that_prints_another_date_makes_other_prompts(kept, tmp_path, capsys, tomorrow):
+    """What the date in config.json is for."""
+    change = lambda tensors, state: state["config"].pop("template_date")  # noqa: E731
+    folder = with_checkpoint(kept / "cut", tmp_path / "run", change)
+    edit("run", "config.json", template_date="")(tmp_path)
+    assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
+    assert "does not fit this run: other training prompts than when it was written" in capsys.readouterr().err
+
+
+def test_a_reward_that_changed_is_told(kept, tmp_path, capsys):
+    shutil.copytree(kept / "cut", tmp_path / "run")
+    (tmp_path / "reward.py").write_text(SCORE + "# mended\n")
+    assert (
+        sasr.main(["--resume", str(tmp_path / "run"), "--steps", "3", "--reward", f"{tmp_path}/reward.py:score"]) == 0
+    )
+    assert f"--reward {tmp_path}/reward.py:score: the file has changed since the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gone", "changed", "reason"),
+    [
+        ("data", [], "--data {}/data: no such file or folder; --data names its new place"),
+        ("reward.py", [], "--reward {}/reward.py: no such file or folder; --reward names its new place"),
+        ("", ["--model", ""], "--model : a resumed run keeps its '{}/model'"),
+        ("", ["--reward", ""], "--reward : a resumed run keeps its '{}/reward.py:score'"),
+        ("", ["--model", "none"], "--model none: no such directory, .*; --model names its new place"),
+        ("model", ["no checkpoint"], "--model {}/model: no such directory, .*; --model names its new place"),
+    ],
+)
+def test_what_is_gone_is_named_with_its_flag(kept, tmp_path, capsys, gone, changed, reason):
+    shutil.copytree(kept / "cut", tmp_path / "run")
+    if changed == ["no checkpoint"]:
+        shutil.rmtree(tmp_path / "run/checkpoint")
+        changed = []
+    with moved(kept / gone, kept / "away") if gone else contextlib.nullcontext():
+        assert sasr.main(["--resume", str(tmp_path / "run"), "--steps", "4", *changed]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("sasr.py: " + reason.format(kept), line), line
+
+
+def test_a_run_without_a_checkpoint_begins_again_on_its_first_day(kept, tmp_path, monkeypatch, tomorrow):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept / "cut", tmp_path / "run")
+    for name in ("checkpoint", "checkpoint.old", "model"):
+        remove(tmp_path / "run" / name)
+    assert sasr.main(["--resume", "run", "--steps", "4"]) == 0
+    same_run(tmp_path / "run", kept / "whole")
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_known_better_from_then_on(stopped_run, tmp_path, capsys):
+    def earlier(tensors, state):
+        trainer = sasr.Trainer(config(tmp_path))
+        examples = [(task.source.train, task.source.test) for task in (trainer.task, trainer.warmup_task)]
+        state["fingerprint"] = zlib.crc32((trainer.codec.tokenizer.to_str() + repr(examples)).encode())
+        del state["config"]["template_date"]
+
+    folder = with_checkpoint(stopped_run, tmp_path / "run", earlier)
+    values = json.loads((folder.path / "config.json").read_text())
+    del values["template_date"]
+    (folder.path / "config.json").write_text(json.dumps(values))
+    line = "an earlier version began this run: only its examples and its tokenizer are known to be the same\n"
+    for steps, told in (("4", 1), ("5", 0)):
+        assert sasr.main(["--resume", str(folder.path), "--steps", steps]) == 0
+        assert capsys.readouterr().err.count(line) == told
+
+
+def test_paths_are_absolute_and_outside_the_hash_and_ids_are_neither(tmp_path, monkeypatch):
+    found = []
+    for name in "ab":
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "reward.py").touch()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setenv("HOME", str(tmp_path / name))
+        found.append(sasr.Config(model=f"../{name}/model/", data="~/model", reward="reward.py:f", out=name))
+        assert found[-1].model == found[-1].data == str(tmp_path / name / "model")
+        assert found[-1].reward == f"{tmp_path / name}/reward.py:f"
+    assert found[0].hash() == found[1].hash()
+    ids = sasr.Config(model="owner/name", reward="module:f", data="none")
+    assert (ids.model, ids.reward, ids.data) == ("owner/name", "module:f", "none")
+    hashes = {sasr.Config(**changes).hash() for changes in ({}, {"model": "owner/name"}, {"model": "owner/other"})}
+    assert len({*hashes, found[0].hash()}) == 4
+
+
+def test_a_date_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"^--template-date tomorrow: expected a form like 2026-12-31T09:30$"):
+        sasr.Config(template_date="tomorrow")

@@ -457,20 +457,26 @@ def counted(trainer, record):
 
 
 def reward_with(trainer, rewards):
-    """Grade the completions of each rollout with these rewards [Q, G], whatever they are."""
+    """Grade the completions of each rollout with these rewards [Q, G], whatever they are; 1 is correct."""
     given = itertools.cycle(rewards.flatten().tolist())
 
     def verify(text, example):
-        return Grade(next(given), correct=False, well_formed=False)
+        reward = next(given)
+        return Grade(reward, correct=reward == 1, well_formed=reward > 0)
 
     trainer.task.source = dataclasses.replace(trainer.task.source, verify=verify)
 
 
-def test_a_group_without_signal_does_not_move_the_weights(tmp_path):
+def test_a_group_without_signal_does_not_move_the_weights_and_its_step_is_counted(tmp_path):
     trainer = small_trainer(tmp_path)
-    reward_with(trainer, torch.ones(2, 3))
     before = [p.clone() for p in trainer.model.parameters()]
-    record = grpo_step(trainer)
+    for rewards in (torch.ones(2, 3), torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), torch.zeros(2, 3)):
+        reward_with(trainer, rewards)
+        record = counted(trainer, grpo_step(trainer) | {"phase": "adaptive", "kind": "grpo"})
+        if rewards.std(dim=1).any():
+            assert record["signal_groups"] == 1
+            before = [p.clone() for p in trainer.model.parameters()]
+    assert (trainer.state.grpo_steps, trainer.state.grpo_skipped) == (3, 2)
     assert record["zero_variance_fraction"] == 1.0
     assert record["grad_norm"] == 0.0
     assert all((p == old).all() for p, old in zip(trainer.model.parameters(), before, strict=True))
@@ -484,15 +490,15 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
     reward_with(trainer, rewards)
     seen, original = {}, sasr.compute_rewards
 
-    def spy(trainer, rollout, chosen, record):
-        seen["completions"], seen["chosen"] = rollout.completions, chosen
-        return original(trainer, rollout, chosen, record)
+    def spy(trainer, samples, record):
+        seen["samples"] = samples
+        return original(trainer, samples, record)
 
     monkeypatch.setattr(sasr, "compute_rewards", spy)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
     record = grpo_step(trainer)
-    prompts = [trainer.task.train_prompts[i] for i in seen["chosen"] for _ in range(3)]
-    batch = Batch(prompts, seen["completions"])
+    prompts = [trainer.task.train_prompts[s.prompt] for s in seen["samples"]]
+    batch = Batch(prompts, [s.tokens for s in seen["samples"]])
     advantages = group_advantages(rewards).flatten()
     weighted = [a * part for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
     loss = {
@@ -501,6 +507,74 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
         "dr_grpo": -torch.cat(weighted).sum() / (6 * trainer.task.max_new_tokens),
     }
     expected = gradients(trainer.model, loss[aggregation])
+    assert record["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
+
+
+def test_shares_of_groups_and_completions_by_hand(tmp_path):
+    trainer = small_trainer(tmp_path, prompts_per_step=4)
+    reward_with(trainer, torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.5, 0.5], [0.0, 0.5, 0.0], [0.0, 0.5, 1.0]]))
+    record = grpo_step(trainer)
+    assert record["all_right_fraction"] == 1 / 4
+    assert record["all_wrong_fraction"] == 2 / 4  # the third one has a signal all the same
+    assert record["zero_variance_fraction"] == 2 / 4
+    assert record["signal_groups"] == 2
+    assert record["unparsed_fraction"] == pytest.approx(3 / 12)
+    assert record["prompts_drawn"] == 4
+
+
+AGREE, DIFFER = [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("times", "groups", "kept", "drawn"),
+    [
+        (0, [AGREE, DIFFER], [0, 1], 2),  # without the flag, groups that agree stay in the batch
+        (3, [DIFFER, DIFFER], [0, 1], 2),
+        (3, [AGREE, DIFFER, DIFFER, DIFFER], [1, 2], 4),  # one more than there is room for
+        (1, [AGREE, AGREE, AGREE, DIFFER], [3], 4),  # not enough: the batch is smaller
+        (2, [AGREE] * 6, [], 6),
+    ],
+)
+def test_groups_without_signal_make_room_for_the_next_prompts(times, groups, kept, drawn, tmp_path):
+    trainer = small_trainer(tmp_path, resample_groups=times)
+    reward_with(trainer, torch.tensor(groups))
+    order = sasr.shuffled(len(trainer.task.train), 0, drawn + 2, 0, "prompts")
+    record = {}
+    samples, rewards = sasr.draw_groups(trainer, record)
+    assert [s.prompt for s in samples[::3]] == [order[q] for q in kept]
+    assert rewards.tolist() == [groups[q] for q in kept]
+    assert [[s.grade.reward for s in samples[i : i + 3]] for i in range(0, len(samples), 3)] == rewards.tolist()
+    assert record["prompts_drawn"] == drawn
+    assert record["reward_mean"] == pytest.approx(np.mean(groups))  # of all that was drawn
+    counted(trainer, record | {"phase": "adaptive", "kind": "grpo"})
+    assert trainer.state.grpo_skipped == (not kept)
+    following, _ = sasr.draw_groups(trainer, {})  # what was drawn is not drawn again
+    assert times or [s.prompt for s in following[::3]] == order[drawn:]
+    assert (trainer.state.grpo_steps + trainer.state.extra_rollouts) * 2 >= drawn
+
+
+def test_a_further_draw_of_a_step_has_samples_of_its_own(tmp_path):
+    trainer = small_trainer(tmp_path)
+    prompts = trainer.task.train_prompts[:2]
+    first, second, again = (sasr.sample(trainer, prompts, attempt).completions for attempt in (0, 1, 0))
+    assert first == again != second
+    trainer.state.step += 1
+    assert sasr.sample(trainer, prompts, 0).completions not in (first, second)
+
+
+def test_the_loss_of_a_resampled_batch_is_a_mean_over_the_kept_groups(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, resample_groups=1, max_grad_norm=0.0)
+    reward_with(trainer, torch.tensor([AGREE, DIFFER, AGREE, AGREE]))
+    drawn, original = [], sasr.draw_groups
+    monkeypatch.setattr(sasr, "draw_groups", lambda *given: drawn.append(original(*given)) or drawn[-1])
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    record = grpo_step(trainer)
+    (samples, rewards) = drawn[0]
+    batch = Batch([trainer.task.train_prompts[s.prompt] for s in samples], [s.tokens for s in samples])
+    assert len(samples) == 3
+    advantages = group_advantages(rewards).flatten()
+    weighted = [a * part for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
+    expected = gradients(trainer.model, -torch.cat(weighted).sum() / tokens_of(batch))
     assert record["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
 
 
@@ -612,7 +686,9 @@ def test_adaptive_step_obeys_alpha_and_refreshes_the_norm_only_after_sft(tmp_pat
 
 def test_a_bad_step_of_a_run_leaves_no_trace_and_equation_1_holds_before_and_after_it(tmp_path, monkeypatch):
     """The norms that p_t follows are those of the SFT lines of the metrics; the second GRPO step is poisoned."""
-    monkeypatch.setattr(knights_knaves, "grade", lambda text, example: Grade(len(text) % 3 / 2, False, False))
+    monkeypatch.setattr(
+        knights_knaves, "grade", lambda text, e: Grade(len(text) % 3 / 2, text == e.demonstration, False)
+    )
     calls, loss_of, after_step, snapshots = itertools.count(1), sasr.kernels.grpo_loss, sasr.after_step, []
 
     def poisoned(*arguments, **named):
@@ -720,6 +796,7 @@ def test_a_demonstration_gets_no_special_tokens_of_a_beginning():
     tokenizer.add_special_tokens(["<s>"])
     start = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    codec = Codec(tokenizer, codec.stop_token_ids)
     prompt, completion = TokenizedTask(task, codec).demonstrations[0]
     assert prompt[0] == start
     assert start not in completion
@@ -735,6 +812,11 @@ def test_a_demonstration_gets_no_special_tokens_of_a_beginning():
         ({"controller": "magic"}, "--controller magic"),
         ({"steps": -1}, "--steps -1"),
         ({"group_size": 0}, "--group-size 0"),
+        ({"group_size": 1}, "--group-size 1: a sample alone in its group"),
+        ({"group_size": 1, "advantage": "centered"}, "--group-size 1"),
+        ({"group_size": 1, "advantage": "median", "kl_coef": 0.1}, "--group-size 1"),  # skipped with a KL term, too
+        ({"group_size": 1, "controller": "random", "sft_fraction": 0.99}, "--group-size 1"),
+        ({"group_size": 1, "controller": "sft-then-grpo", "steps": 10, "switch_step": 9}, "--group-size 1"),
         ({"lr": math.nan}, "--lr nan"),
         ({"steps": "20"}, "--steps '20'"),
         ({"steps": True}, "--steps True"),
@@ -752,6 +834,21 @@ def test_a_demonstration_gets_no_special_tokens_of_a_beginning():
 def test_a_bad_value_is_named_with_its_flag(flags, named):
     with pytest.raises(ValueError, match=named):
         Config(**flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"controller": "sft"},
+        {"controller": "alternate", "alternate": "1:0"},
+        {"controller": "random", "sft_fraction": 1.0},
+        {"controller": "sft-then-grpo", "switch_step": 500},
+        {"steps": 0},
+    ],
+    ids=str,
+)
+def test_groups_of_one_do_where_no_grpo_step_can_come(flags):
+    assert Config(group_size=1, **flags).group_size == 1
 
 
 def test_a_number_of_numpy_is_a_number():

@@ -1,0 +1,82 @@
+"""What looks wrong in a run that has ended, each with its number and a flag to try: the end of its closing table.
+
+Means are over the last quarter of the GRPO steps: what was bad at first and got well needs no advice. The thresholds
+are far from what the default runs on both generated tasks end with.
+"""
+
+import math
+
+MAX_LINES = 6
+MIN_GRPO_STEPS = 10  # of the last quarter, so that a mean is over some hundred completions
+MIN_STEPS = 20  # adaptive steps; of fewer, all may well be of one kind
+MAX_FAILED = 0.01  # of the completions; a verifier that works fails for none
+MAX_TRUNCATED = 0.25  # of the completions; one that was cut off hardly ever earns a reward
+MAX_UNPARSED = 0.5  # of the completions; beyond, rewards are mostly about the form of an answer
+MAX_WITHOUT_SIGNAL = 0.9  # of the groups; beyond, less than one of the 8 in a default batch teaches anything
+MAX_KL = 0.5  # nats a token; with a KL term it usually stays below 0.1
+MIN_ENTROPY = 0.5  # nats a completion; below, most of a group of 8 are one and the same text
+MAX_AGE = 50  # steps, a tenth of a default run, for which p_t then hung on a single batch
+
+
+def diagnose(records: list[dict], summary: dict) -> list[str]:
+    """At most MAX_LINES lines, the worst first. records: those of OUT/metrics.jsonl; summary: OUT/summary.json."""
+    grpo = [record for record in records if record.get("kind") == "grpo"]
+    late = grpo[-max(len(grpo) // 4, MIN_GRPO_STEPS) :]
+    sft_steps, grpo_steps = summary["sft_steps"], summary["grpo_steps"]
+    sasr, enough = summary["controller"] == "sasr", sft_steps + grpo_steps >= MIN_STEPS
+    lines = []
+
+    warmed_up, final = summary.get("accuracy_warmup", 0.0), summary.get("accuracy_final", 0.0)
+    if summary["scores"].get("accuracy_high", 1.0) < warmed_up:  # more than chance
+        lines.append(
+            f"accuracy fell from {warmed_up:.1%}, where the adaptive stage began, to {final:.1%}: a lower --lr"
+        )
+    failed = share_failed(late)
+    if failed > MAX_FAILED:
+        lines.append(
+            f"the verifier failed for {failed:.1%} of completions: --reward-on-error stop shows the first case"
+        )
+    truncated = mean(late, "truncated_fraction")
+    if truncated > MAX_TRUNCATED:
+        lines.append(f"{truncated:.0%} of completions are cut off: a larger --max-new-tokens")
+    unparsed = mean(late, "unparsed_fraction")
+    if unparsed > MAX_UNPARSED:
+        lines.append(f"{unparsed:.0%} of completions hold no answer that can be read: more --warmup-steps")
+    agreeing = mean(late, "zero_variance_fraction")
+    if agreeing > MAX_WITHOUT_SIGNAL:
+        right, wrong = mean(late, "all_right_fraction"), mean(late, "all_wrong_fraction")
+        shares = f" ({right:.0%} are all right, {wrong:.0%} all wrong)" if right + wrong >= 0 else ""
+        advice = "a harder --task" if right > wrong else "more --warmup-steps"
+        lines.append(f"{agreeing:.0%} of groups have no signal{shares}: {advice}, or a larger --resample-groups")
+    if sasr and enough and not grpo_steps:
+        lines.append(f"none of {sft_steps} adaptive steps was a GRPO step: a larger --gamma")
+    if sasr and enough and not sft_steps:
+        lines.append(f"none of {grpo_steps} adaptive steps was an SFT step: a smaller --gamma")
+    kl = mean(late, "kl")
+    if kl > MAX_KL:
+        lines.append(f"the KL to the reference policy is {kl:.2f} nats a token: a larger --kl-coef, or a lower --lr")
+    entropy = mean(late, "entropy") * mean(late, "completion_length")
+    if entropy < MIN_ENTROPY:
+        lines.append(f"a completion has {entropy:.2f} nats of entropy, so samples repeat: a higher --temperature")
+    age = max(numbers(records, "sft_norm_age"), default=0)
+    if sasr and age > MAX_AGE:
+        lines.append(f"p_t rested on an SFT gradient norm up to {age} steps old: --probe-every {MAX_AGE // 2}")
+    return lines[:MAX_LINES]
+
+
+def numbers(records: list[dict], key: str) -> list[float]:
+    """The values of those that have one; null stands for what was not measured, or was not finite."""
+    values = (record.get(key) for record in records)
+    return [value for value in values if isinstance(value, (int, float)) and abs(value) < 1e18]
+
+
+def mean(records: list[dict], key: str) -> float:
+    """NaN where there is nothing to average, which is neither above nor below a threshold."""
+    values = numbers(records, key)
+    return sum(values) / len(values) if values else math.nan
+
+
+def share_failed(records: list[dict]) -> float:
+    """Of the completions, whose number is that of their tokens over their mean length."""
+    completions = mean(records, "tokens") / max(mean(records, "completion_length"), 1)
+    return mean(records, "reward_failures") / max(completions, 1)

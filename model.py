@@ -289,7 +289,7 @@ class SharedPrompts:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, [Q, K, T_prompt, head_dim]
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keep the prompts' keys and values; gradient checkpointing computes them again, and gets the same."""
+        """Keep the prompts' keys and values."""
         self.layers[layer] = keys, values
 
     def update(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,22 +353,23 @@ class Attention(nn.Module):
         self.grouped = config.num_key_value_heads != config.num_attention_heads
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, mask: Tensor | None, cache):
-        """x [B, T, D] -> [B, T, D]. Without a mask these are a sequence's first tokens, and attention is causal."""
+        """x [B, T, D] -> [B, T, D], and the tokens' own keys and values, [B, K, T, head_dim].
+
+        Without a mask these are a sequence's first tokens: attention is causal, and no cache is read.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # [B, H, T, head_dim]
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # [B, K, T, head_dim]
         v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, head_dim]
         q, k = apply_rotary(q, cos, sin).to(v.dtype), apply_rotary(k, cos, sin).to(v.dtype)
         if mask is None:
-            if cache is not None:
-                cache.write(self.layer, positions, k, v)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
-            k, v = cache.update(self.layer, positions, k, v)  # [B, K, S, head_dim]
+            keys, values = cache.update(self.layer, positions, k, v)  # [B, K, S, head_dim]
             # The query heads that share keys become the rows of one attention, so that keys are not copied for each.
             rows = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim).contiguous()  # [B, K, H / K * T, head_dim]
-            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+            out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(q.shape)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
 
 
 class MLP(nn.Module):
@@ -392,9 +393,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *attention_inputs) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, *attention_inputs) -> tuple[Tensor, Tensor, Tensor]:
+        out, keys, values = self.self_attn(self.input_layernorm(x), *attention_inputs)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
 
 # ----------------------------------------------------------------------------- the stack
@@ -431,6 +433,10 @@ class Transformer(nn.Module):
         return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
+        if hidden.is_cuda and self.head.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            # In fp32, as the product sums them; F.linear rounds to bf16. PyTorch has no backward of this.
+            out = torch.mm(hidden.flatten(0, -2), self.head.t(), out_dtype=torch.float32)
+            return out.view(*hidden.shape[:-1], -1)
         return F.linear(hidden, self.head)  # [..., V]
 
     def forward(
@@ -447,30 +453,45 @@ class Transformer(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)  # [B, T]
         elif cache is not None:
             mask = cache.attention_mask(positions)  # bool [B, 1, T, S]
-            if input_ids.shape[1] > 1:
-                # As a bias, 0 or -inf: else attention makes one of the bool mask in every layer, and keeps each for
-                # backward. It has a row for each of the query heads that share keys: [B, 1, H / K * T, S].
-                device = mask.device.type
-                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
-                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-                mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+            if input_ids.shape[1] > 1 or mask.is_cuda:
+                mask = self._attention_bias(mask)  # [B, 1, H / K * T, S]
         x = self.model["embed_tokens"](input_ids)  # [B, T, D]
-        cos, sin = self._angles(positions, x.dtype)  # [B, 1, T, head_dim]
-        for layer in self.model["layers"]:
-            inputs = (x, cos, sin, positions, mask, cache)
+        cos, sin = self._angles(positions)  # [B, 1, T, head_dim]
+        for index, layer in enumerate(self.model["layers"]):
+            inputs = (x, cos, sin, positions, mask, None if mask is None else cache)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
+                # Nothing in a layer is random, so no random state needs to be kept.
+                x, keys, values = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*inputs)
+                x, keys, values = layer(*inputs)
+            if cache is not None and mask is None:
+                # Not in the layer: checkpointing keeps what a layer was given for as long as the keys' graph lives, and
+                # a cache keeps the keys. Of that circle gc sees nothing, so only a finished backward would free it.
+                cache.write(index, positions, keys, values)
         return self.model["norm"](x)  # [B, T, D]
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles at positions [B, T], both [B, 1, T, head_dim]."""
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles at positions [B, T], both [B, 1, T, head_dim].
+
+        In fp32 also for a bf16 model, as under autocast: a sampler's copy turns by the angles that it is scored with.
+        """
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
         angles = positions[:, None, :, None].float() * self.frequencies  # [B, 1, T, head_dim/2], fp32
         angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.rope_factor).to(dtype), (angles.sin() * self.rope_factor).to(dtype)
+        return angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+
+    def _attention_bias(self, mask: Tensor) -> Tensor:
+        """A bool mask [B, 1, T, S] as 0 or -inf, with a row for each of the H / K query heads that share keys.
+
+        Made once here: else attention makes it in every layer, and keeps each for backward. The memory-efficient one of
+        CUDA would also copy a bias in every layer whose rows do not begin at a multiple of 8 elements.
+        """
+        device, slots = mask.device.type, mask.shape[3]
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
+        bias = torch.zeros(*mask.shape[:3], -(-slots // 8) * 8, dtype=dtype, device=mask.device)
+        bias[..., :slots].masked_fill_(~mask, -torch.inf)
+        return bias.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)[..., :slots]
 
     # ------------------------------------------------------------------------- files
 

@@ -11,7 +11,7 @@ record it once for each size and replay it as a graph: the same function without
 
 Guarantees: the stop token stays in the completion (else stopping would never be trained); a log-prob is that of the
 token drawn, under the distribution it was drawn from; equal inputs and an equal `torch.Generator` give equal
-completions, whichever rows leave when, and however few rows fit into memory at once.
+completions; on a CPU, also whichever rows leave when, and however few rows fit into memory at once.
 
 Shape letters: Q distinct prompts, B rows or completions, T time, D hidden, V vocabulary.
 """
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import pack_by_tokens
-from data.files import check_number, one_line
+from data.files import check_number, one_line, short_repr
 from data.tokenizer import Codec
 from model import KVCache, Transformer, resolve_checkpoint
 
@@ -141,6 +141,7 @@ class Sampler:
 
     def __init__(self, model: Transformer, params: SamplingParams, total: int, slots: int):
         self.model, self.params, self.slots = model, params, slots
+        self.most_rows = math.inf  # of a chunk: fewer after an out-of-memory error
         device = model.head.device
         self.cache = KVCache(model.config, total, slots, dtype=model.head.dtype, device=device)
         self.completion_index = torch.arange(total, device=device)  # of each cache row
@@ -154,8 +155,13 @@ class Sampler:
         self.logits = model.head.new_empty(total, len(model.head)) if device.type == "cpu" else None
         self.stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
         self.stop_sequences = [torch.tensor(stop, device=device) for stop in params.stop_sequences]
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] | None = {} if graphs_wanted(device) else None
         self.graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all graphs
+
+    def serves(self, model: Transformer, params: SamplingParams, rows: int, slots: int, limit: float) -> bool:
+        """Whether a chunk of this size can be written here, in a cache of at most `limit` bytes."""
+        same = self.model is model and self.params == params
+        return same and rows <= len(self.active) and slots <= self.slots and self.cache.bytes <= limit
 
     @torch.no_grad()
     def run(self, prompts: list[list[int]], uniform, on_token=None) -> tuple[list[list[int]], list[list[float]]]:
@@ -166,6 +172,7 @@ class Sampler:
         """
         count, longest = len(prompts), max(map(len, prompts))
         self.completion_index.copy_(torch.arange(len(self.active)))
+        self.prompt_lengths.fill_(1)  # rows beyond `count` may advance too, and must stay inside the cache
         self.prompt_lengths[:count] = torch.tensor([len(prompt) for prompt in prompts], device=self.active.device)
         self.lengths.zero_()
         self.active.copy_(torch.arange(len(self.active)) < count)
@@ -215,18 +222,24 @@ class Sampler:
 
     def _advance(self, rows: int, slots: int) -> None:
         """One step of the first `rows`, which use the first `slots`; on CUDA as a graph."""
-        if self.active.device.type != "cuda":
+        if self.graphs is None:
             return self._step(rows, slots)
         size = self.bucket(rows, slots)
-        if size not in self.graphs:  # the first step of a size is not recorded: it initialises libraries
-            self.graphs[size] = None
-            return self._step(*size)
-        if self.graphs[size] is None:
+        if size in self.graphs:
+            return self.graphs[size].replay()
+        self._step(*size)  # the first step of a size is not recorded: it initialises libraries
+        try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.graph_memory):
+            # A recording that fails leaves its own stream the current one: the outer `with` puts ours back.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.graph_memory):
                 self._step(*size)  # recorded, not run
             self.graphs[size] = graph
-        self.graphs[size].replay()
+        except torch.OutOfMemoryError:
+            raise  # for fewer rows
+        except RuntimeError as error:  # its context is the cause, where the end of a broken recording failed as well
+            print(f"CUDA graphs are off, which is slower: {one_line(error.__context__ or error)}", file=sys.stderr)
+            self.graphs = None
+            os.environ["SASR_CUDA_GRAPHS"] = "0"  # for the samplers to come: one line is enough
 
     def bucket(self, rows: int, slots: int) -> tuple[int, int]:
         """The size to record a graph for: at most a quarter more rows, and whole blocks of slots."""
@@ -280,10 +293,9 @@ def generate(
     """Draw `group_size` completions of each prompt (token ids, of any lengths).
 
     The cache takes at most `memory_limit` bytes (0: four fifths of what is free). Rows that do not fit are written in
-    further chunks, with the same result, also after an out-of-memory error. `samplers` keeps buffers and CUDA
-    graphs for the next call of the same size: pass the same dict again. `on_token` is called after every token with
-    the completions of the chunk so far. Raises ValueError naming a prompt that is empty or too long for the model's
-    context, and where not even one row fits the limit.
+    further chunks, also after an out-of-memory error. `samplers` keeps buffers, CUDA graphs and the number of rows that
+    fitted for the next call: pass the same dict again. `on_token` is called after every token with the completions of
+    the chunk so far. Raises ValueError naming a prompt that is empty or too long for the context, or a limit too small.
     """
     check_number("group_size", group_size, 1, math.inf)
     if not prompts:
@@ -300,12 +312,14 @@ def generate(
     total = len(row_prompts)
     slots = -(-(max(map(len, prompts)) + params.max_new_tokens) // 128) * 128  # few sizes: buffers fit the next call
     samplers = {} if samplers is None else samplers
-    limit = memory_limit or 0.8 * (free_memory(device) + sum(sampler.cache.bytes for sampler in samplers.values()))
+    held = sum(sampler.cache.bytes for sampler in samplers.values())
+    limit = memory_limit or max(held, 0.8 * (free_memory(device) + held))
+    most_rows = min((sampler.most_rows for sampler in samplers.values()), default=math.inf)
     row_bytes = KVCache(model.config, 1, slots, dtype=model.head.dtype, device="meta").bytes
     if limit < row_bytes:
         needed = f"the cache of one completion takes {row_bytes / 1e9:.2f} GB ({slots} tokens)"
         raise ValueError(f"{needed} and the limit is {limit / 1e9:.2f} GB: lower max_new_tokens, or raise the limit")
-    fit = int(min(limit / row_bytes, total))
+    fit = int(min(limit / row_bytes, most_rows, total))
     rows = math.ceil(total / math.ceil(total / fit))  # so that chunks are equally large
     seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
 
@@ -318,23 +332,36 @@ def generate(
     completions, logprobs, chunks = [], [], 0
     while len(completions) < total:
         start, size = len(completions), (model, params, rows, slots)
+        # Its key: a name for the sampler itself would hold its memory after an error.
+        key = next((key for key, sampler in samplers.items() if sampler.serves(*size, limit)), size)
         try:
-            if size not in samplers:
+            if key not in samplers:
                 samplers.clear()  # first, so that two caches are never held at once
-                samplers[size] = Sampler(*size)
-            chunk = samplers[size].run(row_prompts[start : start + rows], uniform, on_token)
+                samplers[key] = Sampler(*size)
+                samplers[key].most_rows = most_rows
+            chunk = samplers[key].run(row_prompts[start : start + rows], uniform, on_token)
         except torch.OutOfMemoryError:
             samplers.clear()
             if rows == 1:
                 raise
-            rows = math.ceil(rows / 2)
+            most_rows = rows = math.ceil(rows / 2)
             continue
+        if not math.isfinite(sum(map(sum, chunk[1]))):
+            samplers.clear()  # its cache holds NaN, and a slot that is masked counts as 0 * NaN
         completions += chunk[0]
         logprobs += chunk[1]
         chunks += 1
     ends = [(stop,) for stop in params.stop_token_ids] + list(params.stop_sequences)
     finished = [any(tuple(completion[-len(end) :]) == end for end in ends) for completion in completions]
     return Rollout(completions, logprobs, finished, chunks)
+
+
+def graphs_wanted(device: torch.device) -> bool:
+    """CUDA graphs, unless SASR_CUDA_GRAPHS=0 turns them off. Raises ValueError on a value that is not 0 or 1."""
+    choice = os.environ.get("SASR_CUDA_GRAPHS", "1")
+    if choice not in ("0", "1"):
+        raise ValueError(f"SASR_CUDA_GRAPHS {short_repr(choice)}: must be 0 (plain steps) or 1")
+    return device.type == "cuda" and choice == "1"
 
 
 def free_memory(device: torch.device) -> float:
@@ -358,6 +385,8 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # kernels and graphs go to the current device
+        if device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients on Hopper (pytorch #196678), slow new shapes
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not available here ({one_line(error)})") from None
     return device
@@ -390,7 +419,8 @@ def main(argv: list[str] | None = None) -> int:
         path, device = resolve_checkpoint(args.model), resolve_device(args.device)
         prompts = {name: getattr(args, name) for name in ("prompt_format", "system", "template_args")}
         codec = Codec.from_pretrained(path, **prompts)
-        model = Transformer.from_pretrained(path, device=device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as runs sample
+        model = Transformer.from_pretrained(path, dtype=dtype, device=device)
         drawing = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
         params = SamplingParams(args.max_new_tokens, **drawing, **codec.stops)
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -446,7 +476,7 @@ def answer(
 ) -> list[str]:
     """Print and return answers to a conversation; a single one appears token by token."""
     printed = ""
-    kept_back = max(map(len, params.stop_sequences), default=1) - 1  # tokens that may turn out to end the answer
+    kept_back = max(map(len, params.stop_sequences), default=0)  # tokens that may turn out to end the answer
 
     def stream(completions: list[list[int]]) -> None:
         nonlocal printed

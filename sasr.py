@@ -35,7 +35,7 @@ Where the paper is silent or we depart from it:
   * The loss is a mean over the completion tokens of the whole batch (DAPO, arXiv 2503.14476), not of each sequence.
   * The standard deviation in (4) divides by the group's size, so that a group of one has advantage 0, not NaN.
   * A GRPO step whose groups all agree (no reward differs) is skipped, even with a KL term: Adam would move the
-    weights all the same, on momentum.
+    weights all the same, on momentum. `--resample-groups` first draws other prompts, as DAPO does.
   * Completions are sampled and scored at the same temperature, without top-k or top-p, so that both are the same
     distribution, up to the rounding of the sampler's bf16 copy on CUDA (`sampler_gap` in the metrics).
 
@@ -66,7 +66,7 @@ from run.evaluation import evaluate, evaluate_only
 from run.lifecycle import Interrupt, Run, exit_code, new_run, resumed_run
 from run.memory import dry_run_report
 from run.report import Progress, closing_table
-from run.setup import Setup
+from run.setup import Setup, strictly_deterministic
 
 # ============================================================================= configuration
 
@@ -594,6 +594,7 @@ def update(trainer: Trainer, batch: Batch, objective: Callable, record: dict) ->
     return stats
 
 
+@strictly_deterministic()
 def accumulate_gradient(model: Transformer, batch: Batch, objective: Callable, config: Config, max_tokens: int) -> dict:
     """Gradient of the whole batch, piece by piece, into `.grad`. Returns its loss, L2 norm, and means over tokens.
 

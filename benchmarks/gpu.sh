@@ -1,56 +1,82 @@
 #!/usr/bin/env bash
-# Every GPU test and benchmark of the repository on the card at hand, without a network. Each has a limit of seconds, and
-# their sum is 9 minutes; one that is cut off counts as failed.
-# Writes benchmarks/results/CARD.json (figures, versions, how the tests ended) and exits 1 if anything failed.
+# What a card has to say about this repository in nine minutes, without a network: first whether it works, then how fast.
 #
-#     bash benchmarks/gpu.sh                  # PYTHON=... names another interpreter
+#     bash benchmarks/gpu.sh                      # PYTHON=... names another interpreter
+#     bash benchmarks/gpu.sh --peers              # a second call: beside the peers, and the larger model
+#     GPU_SH_DEVICE=cpu bash benchmarks/gpu.sh    # a rehearsal at tiny size, limits four times as long; no figures
+#
+# Each part has a limit in seconds, and all of them GPU_SH_SECONDS together (default 540). Everything that is said goes to
+# CARD.log, how each part ended and what it measured to CARD.json, both line by line, in ${OUT:-benchmarks/results}.
+# Exits 1 if a part failed, was cut off or was not begun.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-  echo "gpu.sh: $python sees no CUDA device" >&2
+peers=
+if [ "${1:-}" = --peers ]; then
+  peers=-peers
+  shift
+fi
+if [ $# -gt 0 ]; then
+  echo "gpu.sh: unknown argument $1 (the only one is --peers)" >&2
   exit 2
-}
-logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+fi
+OUT=$(realpath -m "${OUT:-$(dirname "$0")/results}")
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-python3}
+device=${GPU_SH_DEVICE:-cuda}
+budget=${GPU_SH_SECONDS:-540}
+if [ "$device" = cpu ]; then
+  card=cpu shape=tiny large=tiny patience=4 # times the limit of each part
+else
+  shape=0.5b large=1.5b patience=1
+  card=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>&1) || {
+    echo "gpu.sh: $python sees no CUDA device: ${card##*$'\n'}" >&2
+    exit 2
+  }
+  card=${card##*$'\n'} # behind any warning
+  card=$(tr -cs 'a-z0-9\n' - <<<"${card,,}")
+fi
+mkdir -p "$OUT"
+rm -f "$OUT/$card$peers".{log,json}
 failed=0
 
-step() { # NAME SECONDS COMMAND...: run, show, keep the output
-  local name=$1 seconds=$2
+part() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$(($2 * patience)) left=$((budget - SECONDS))
   shift 2
-  echo "== $name"
-  timeout "$seconds" "$@" 2>&1 | tee "$logs/$name" || {
-    echo "== $name failed"
-    failed=1
-  }
+  "$python" benchmarks/record.py "$OUT/$card$peers" "$name" $((limit < left ? limit : left)) "$python" "$@" || failed=1
 }
 
-step tests 110 "$python" -m pytest -o addopts= -m gpu -q
-step kernels 120 "$python" benchmarks/kernels.py
-step tune 50 "$python" benchmarks/kernels.py --tune --features 896
-step rollout 100 "$python" benchmarks/rollout.py --shapes 0.5b --repeats 1
-step step 80 "$python" benchmarks/step.py --shapes 0.5b --steps 3
-step memory 80 "$python" benchmarks/memory.py --shapes 0.5b
+bench() { # NAME SECONDS SCRIPT ARGUMENTS...
+  part "$1" "$2" "benchmarks/$3.py" --device "$device" "${@:4}"
+}
 
-"$python" - "$logs" <<'PYTHON' || failed=1
-"""Gather the last line of each log: pytest's closing line, and the JSON line of each benchmark."""
-import json, re, subprocess, sys
-from pathlib import Path
-import torch
+tests() { # NAME SECONDS ARGUMENTS...
+  local several=() # processes, where pytest-xdist is installed: they wait for the compiler more than for the card
+  "$python" -c 'import xdist' 2>/dev/null && several=(-n 6)
+  part "$1" "$2" -m pytest -o addopts= -m gpu -p benchmarks.pytest_rows -q --continue-on-collection-errors "${several[@]}" "${@:3}"
+}
 
-card = torch.cuda.get_device_name()
-driver = subprocess.run(
-    ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-).stdout.strip()
-result = {"card": card, "driver": driver}
-for log in sorted(Path(sys.argv[1]).iterdir()):
-    lines = log.read_text().strip().splitlines() or ["no output"]
-    try:
-        result[log.name] = json.loads(lines[-1])
-    except json.JSONDecodeError:
-        result[log.name] = lines[-1].strip("= ")
-target = Path("benchmarks/results") / (re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json")
-target.write_text(json.dumps(result, indent=1) + "\n")
-print("written:", target)
-PYTHON
+if [ "$peers" ]; then
+  bench rollout 150 rollout --shapes "$shape" --repeats 1
+  bench step 100 step --shapes "$shape" --steps 3
+  bench memory 130 memory --shapes "$shape" "$large"
+  bench rollout-large 80 rollout --shapes "$large" --repeats 1
+  bench kernels "$budget" kernels
+else
+  # Does it work?
+  bench attention 30 smoke versions attention
+  tests tests-first 40 tests/test_rollout.py tests/test_kernels.py -k "graphs or recording or bf16_model or default or autocast or waits or bits"
+  bench decoding 15 smoke decoding
+  bench graphs 15 smoke graphs
+  bench chunks 15 smoke chunks
+  bench gradients 30 smoke gradients
+  bench deterministic 20 smoke deterministic
+  bench run 90 smoke run
+  # How fast is it?
+  bench step 60 step --shapes "$shape" --steps 3 --no-peers --profile
+  bench rollout 80 rollout --shapes "$shape" --repeats 1 --no-peers --profile
+  bench kernels 50 kernels --no-peers
+  # All that is there to test.
+  mapfile -t files < <(grep -l 'mark[s=]*.*\.gpu' tests/test_*.py)
+  tests tests 100 "${files[@]}"
+  bench tune "$budget" kernels --tune
+fi
 exit $failed

@@ -1,6 +1,7 @@
 """Log-probs of a large vocabulary: this project's kernels beside their peers, on one card, in one run.
 
-    python benchmarks/kernels.py                  # tables, then one JSON line
+    python benchmarks/kernels.py                  # tables, and a line of JSON a row
+    python benchmarks/kernels.py --no-peers       # this project alone
     python benchmarks/kernels.py --tune           # all candidate tiles, instead of the peers
     python benchmarks/kernels.py --device cpu     # whether the script works; such figures mean nothing
 
@@ -15,7 +16,6 @@ and can reach 75%. Peers that cannot be imported are named, with the reason.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from benchmarks.common import about, add_device_flag, chosen_device, emit, failure, say
 from kernels import grpo, kl, logprob, reference, tiles
 
 # ----------------------------------------------------------------------------- the simpler plan
@@ -114,6 +115,9 @@ class CublasChunks(torch.autograd.Function):
 # ----------------------------------------------------------------------------- the peers
 
 
+OURS = "this project"
+
+
 def naive(hidden, weight, targets, temperature):
     logprobs = ((hidden @ weight.T).float() / temperature).log_softmax(-1)  # [N, V]
     return logprobs.gather(1, targets[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
@@ -125,7 +129,6 @@ def peers() -> dict[str, object]:
     A string instead of a function says why the peer is missing.
     """
     found: dict[str, object] = {
-        "this project": logprob.token_logprobs,
         "cuBLAS chunks": CublasChunks.apply,
         "naive PyTorch": naive,
         "torch.compile": torch.compile(naive),
@@ -228,41 +231,40 @@ def inputs(n: int, v: int, d: int, device: torch.device):
     return hidden.requires_grad_(), weight.requires_grad_(), targets, torch.randn(2, n, **options) / n
 
 
-def error_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:90]
-
-
-def compare(n: int, v: int, d: int, rate: float, device: torch.device) -> dict[str, dict]:
-    print(f"\nlog-prob and entropy, N = {n}, V = {v}, D = {d}")
+def compare(common: dict, n: int, v: int, d: int, rate: float, device: torch.device, engines: dict) -> bool:
+    """A table for one size; whether this project was measured. rate: of a square matrix product, FLOP/s."""
+    say(f"\nlog-prob and entropy, N = {n}, V = {v}, D = {d}")
     floor = 1e3 * 2 * n * v * d / rate  # ms a product
-    print(f"floor: forward {floor:.1f} ms, forward + backward {3 * floor:.1f} ms\n")
-    print(f"{'':24}{'forward':>19}{'forward + backward':>24}{'extra memory, GB':>22}")
-    print(f"{'':24}{'ms':>9}{'of floor':>10}{'ms':>14}{'of floor':>10}{'forward':>12}{'both':>10}")
+    say(f"floor: forward {floor:.1f} ms, forward + backward {3 * floor:.1f} ms\n")
+    say(f"{'':24}{'forward':>19}{'forward + backward':>24}{'extra memory, GB':>22}")
+    say(f"{'':24}{'ms':>9}{'of floor':>10}{'ms':>14}{'of floor':>10}{'forward':>12}{'both':>10}")
     given, rows = inputs(n, v, d, device), {}
-    for name, function in peers().items():
+    for name, function in engines.items():
         try:
             if isinstance(function, str):
                 raise ImportError(function)
             row = measure(function, *given)
         except Exception as error:
-            rows[name] = {"missing": error_of(error) if not isinstance(function, str) else function}
-            print(f"{name:24}missing: {rows[name]['missing']}")
-            continue
-        finally:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            row = failure(error)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         rows[name] = row
+        emit(common | {"features": d, "engine": name, "floor_ms": floor} | row)
+        if "error" in row:
+            say(f"{name:24}not measured: {row['error']}")
+            continue
         shares = floor / row["forward_ms"], 3 * floor / row["both_ms"]
-        print(
+        say(
             f"{name:24}{row['forward_ms']:9.2f}{shares[0]:10.0%}{row['both_ms']:14.2f}{shares[1]:10.0%}"
             f"{row['forward_extra_bytes'] / 1e9:12.2f}{row['both_extra_bytes'] / 1e9:10.2f}"
         )
-        if abs(row["mean_logprob"] - rows["this project"]["mean_logprob"]) > 0.01:
-            print(f"{name:24}gives another result: mean log-prob {row['mean_logprob']:.4f}")
-    return rows
+        ours = rows[OURS].get("mean_logprob", row["mean_logprob"])
+        if abs(row["mean_logprob"] - ours) > 0.01:
+            say(f"{name:24}gives another result: mean log-prob {row['mean_logprob']:.4f}")
+    return "error" not in rows[OURS]
 
 
-def small_kernels(n: int, v: int, d: int, device: torch.device) -> dict[str, float]:
+def small_kernels(common: dict, n: int, v: int, d: int, device: torch.device) -> None:
     """The GRPO loss with its gradient, and the exact KL: this project's kernels and the plain definitions, in ms."""
     given = [torch.randn(n, device=device) for _ in range(4)]
     given[0].requires_grad_()
@@ -276,31 +278,31 @@ def small_kernels(n: int, v: int, d: int, device: torch.device) -> dict[str, flo
     operands = [t.detach() for seed in range(2) for t in inputs(n, v, d, device)[:2]]
     operands[2] = operands[2] + 0.1
     rows = {
-        "grpo_loss": median_ms(loss(grpo), device),
-        "grpo_loss, PyTorch": median_ms(loss(reference), device),
-        "exact_kl": median_ms(lambda: kl.exact_kl(*operands), device),
-        "exact_kl, PyTorch": median_ms(lambda: reference.exact_kl(*operands), device),
+        "grpo_loss": loss(grpo),
+        "grpo_loss, PyTorch": loss(reference),
+        "exact_kl": lambda: kl.exact_kl(*operands),
+        "exact_kl, PyTorch": lambda: reference.exact_kl(*operands),
     }
-    print(f"\nN = {n}, V = {v}, D = {d}; the loss with its gradient, the KL forward")
-    for name, ms in rows.items():
-        print(f"{name:24}{ms:9.3f} ms")
-    return rows
+    say(f"\nN = {n}, V = {v}, D = {d}; the loss with its gradient, the KL forward")
+    for name, function in rows.items():
+        ms = median_ms(function, device)
+        emit(common | {"features": d, "engine": name, "ms": ms})
+        say(f"{name:24}{ms:9.3f} ms")
 
 
-def tune(n: int, v: int, d: int, device: torch.device) -> list[dict]:
+def tune(common: dict, n: int, v: int, d: int, device: torch.device) -> None:
     """Times every tile that `tiles.candidates` may name, and some sizes of slab."""
-    given, rows = inputs(n, v, d, device), []
+    given = inputs(n, v, d, device)
     known, slab = tiles.candidates, logprob.SLAB
-    print(f"\nN = {n}, V = {v}, D = {d}\n{'tile':24}{'slab':>8}{'forward':>11}{'both':>11}")
+    say(f"\nN = {n}, V = {v}, D = {d}\n{'tile':24}{'slab':>8}{'forward':>11}{'both':>11}")
     for tile in known(tiles.architecture(device), given[0].dtype):
         for elements in (slab // 2, slab, 2 * slab):
             tiles.candidates, logprob.SLAB = lambda *_, tile=tile, **__: [tile], elements
             times = measure(logprob.token_logprobs, *given)
-            rows.append({"tile": list(tile), "slab": elements} | times)
+            emit(common | {"features": d, "tile": list(tile), "slab": elements} | times)
             shape = "x".join(map(str, tile))
-            print(f"{shape:24}{elements // 2**20:6} Mi{times['forward_ms']:8.2f} ms{times['both_ms']:8.2f} ms")
+            say(f"{shape:24}{elements // 2**20:6} Mi{times['forward_ms']:8.2f} ms{times['both_ms']:8.2f} ms")
     tiles.candidates, logprob.SLAB = known, slab
-    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -311,35 +313,28 @@ def main(argv: list[str] | None = None) -> int:
         "--features", type=int, nargs="+", help="D (default 896 1536, Qwen2.5 0.5B and 1.5B; 64 on a CPU)"
     )
     parser.add_argument("--tune", action="store_true", help="compare tiles instead of peers")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default cuda")
+    parser.add_argument("--no-peers", action="store_true", help="this project alone")
+    add_device_flag(parser)
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("kernels.py: there is no CUDA device here; --device cpu only tries the script out", file=sys.stderr)
-        return 2
+    device = chosen_device(arguments.device)
     on_card = device.type == "cuda"
+    if not on_card and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("kernels.py: there is no CUDA device here; --device cpu only tries the script out")
     n = arguments.tokens or (16384 if on_card else 64)
     v = arguments.vocabulary or (151936 if on_card else 1000)
     features = arguments.features or ([896, 1536] if on_card else [64])
-    result: dict = {
-        "benchmark": "kernels",
-        "card": torch.cuda.get_device_name() if on_card else "CPU, interpreted",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "tokens": n,
-        "vocabulary": v,
-    }
-    print(f"{result['card']}, torch {result['torch']}, triton {result['triton']}")
+    common = about("kernels", device) | {"triton": triton.__version__, "tokens": n, "vocabulary": v}
     if arguments.tune:
-        result["tiles"] = {d: tune(n, v, d, device) for d in features}
-    else:
-        result["ceilings"] = ceilings(device)
-        rates = result["ceilings"]
-        print(f"bf16 matrix product {rates['matmul'] / 1e12:.0f} TFLOP/s, copy {rates['copy'] / 1e12:.2f} TB/s")
-        result["peers"] = {d: compare(n, v, d, rates["matmul"], device) for d in features}
-        result["ms"] = small_kernels(n, v, features[0], device)
-    print(json.dumps(result))
-    return 0
+        for d in features:
+            tune(common, n, v, d, device)
+        return 0
+    rates = ceilings(device)
+    emit(common | {"ceilings": rates})
+    say(f"bf16 matrix product {rates['matmul'] / 1e12:.0f} TFLOP/s, copy {rates['copy'] / 1e12:.2f} TB/s")
+    engines = {OURS: logprob.token_logprobs} | ({} if arguments.no_peers else peers())
+    measured = [compare(common, n, v, d, rates["matmul"], device, engines) for d in features]
+    small_kernels(common, n, v, features[0], device)
+    return int(not all(measured))
 
 
 if __name__ == "__main__":

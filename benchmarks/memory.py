@@ -1,6 +1,6 @@
 """What `sasr.py --dry-run` says a run needs, beside what it then takes.
 
-    python benchmarks/memory.py                       # on a GPU if there is one; a table, then one JSON line
+    python benchmarks/memory.py                       # on a GPU if there is one; a table, and a line of JSON a row
 
 A run of one SFT step, one GRPO step and an evaluation, each in a process of its own: with and without gradient
 checkpointing. On CUDA the peak is what PyTorch allocated; on a CPU it is the growth of the resident set since before
@@ -10,8 +10,6 @@ the model was made, which also holds what the allocator keeps for itself.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import sasr
-from benchmarks.rollout import peak_of_process
+from benchmarks.common import about, add_device_flag, answer, chosen_device, emit, in_child, peak_of_process, say
 from benchmarks.step import make_checkpoint
 from run.memory import memory_plan
 from run.setup import Setup
@@ -42,6 +40,8 @@ def flags_of(shape: str, folder: Path, device: str) -> dict:
     """What makes a run of this shape; 8 x 8 completions of up to 512 tokens where it is that of a public checkpoint."""
     if shape == "25m":
         return RUN | FROM_SCRATCH
+    if shape == "tiny":
+        return RUN | FROM_SCRATCH | {"hidden_size": 64, "layers": 2}
     made = make_checkpoint(shape, folder / "model", device)
     return RUN | {"model": made["model"], "task": made["task"], "max_new_tokens": 512, "offload_reference": True}
 
@@ -62,44 +62,32 @@ def measure(flags: dict) -> dict:
     return {"plan": plan, "peak": peak, "ratio": plan["peak"] / peak}
 
 
-def child(flags: dict) -> dict:
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(flags)], capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        return {"missing": (done.stderr.strip().splitlines() or ["no output"])[-1][:90]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--shapes", nargs="+", choices=("25m", "0.5b", "1.5b"), help="(default 25m, on CUDA the others)"
-    )
+    add_device_flag(parser)
+    shapes = ("tiny", "25m", "0.5b", "1.5b")
+    parser.add_argument("--shapes", nargs="+", choices=shapes, help="(default 25m, on CUDA the two larger ones)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
-        print(json.dumps(measure(json.loads(arguments.child))))
-        return 0
-    results = []
-    print(f"{'shape':8}{'checkpointing':>16}{'planned GB':>12}{'peak GB':>10}{'ratio':>8}")
-    for shape in arguments.shapes or (("25m",) if arguments.device == "cpu" else ("0.5b", "1.5b")):
+        return answer(measure, arguments.child)
+    device, measured = chosen_device(arguments.device), True
+    common = about("memory", device)
+    say(f"{'shape':8}{'checkpointing':>16}{'planned GB':>12}{'peak GB':>10}{'ratio':>8}")
+    for shape in arguments.shapes or (("25m",) if device.type == "cpu" else ("0.5b", "1.5b")):
         with tempfile.TemporaryDirectory() as folder:
-            flags = flags_of(shape, Path(folder), arguments.device) | {"device": arguments.device}
+            flags = flags_of(shape, Path(folder), device.type) | {"device": device.type}
             for checkpointing in (False, True):
                 run = {"gradient_checkpointing": checkpointing, "out": f"{folder}/run-{checkpointing}"}
-                row = child(flags | run)
-                results.append({"shape": shape, "gradient_checkpointing": checkpointing} | row)
-                if "missing" in row:
-                    print(f"{shape:8}{checkpointing!s:>16}  missing: {row['missing']}")
+                row = in_child(__file__, flags | run)
+                emit(common | {"shape": shape, "gradient_checkpointing": checkpointing} | row)
+                measured &= "error" not in row
+                if "error" in row:
+                    say(f"{shape:8}{checkpointing!s:>16}  not measured: {row['error']}")
                     continue
                 planned, peak = row["plan"]["peak"] / 1e9, row["peak"] / 1e9
-                print(f"{shape:8}{checkpointing!s:>16}{planned:12.2f}{peak:10.2f}{row['ratio']:8.2f}", flush=True)
-    print(
-        json.dumps({"benchmark": "memory", "device": arguments.device, "torch": torch.__version__, "results": results})
-    )
-    return 0
+                say(f"{shape:8}{checkpointing!s:>16}{planned:12.2f}{peak:10.2f}{row['ratio']:8.2f}")
+    return int(not measured)
 
 
 if __name__ == "__main__":

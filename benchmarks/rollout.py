@@ -1,8 +1,9 @@
 """New tokens per second of this project's sampler beside transformers' `generate`: same weights, prompts and lengths.
 
-    python benchmarks/rollout.py                        # on a GPU if there is one; tables, then one JSON line
+    python benchmarks/rollout.py                        # on a GPU if there is one; tables, and a line of JSON a row
     python benchmarks/rollout.py --device cpu --shapes small
     python benchmarks/rollout.py --curve                # cost of a token over batch and length instead of peers
+    python benchmarks/rollout.py --no-peers --profile   # this project alone, and which operations take its time
 
 Weights are random, so lengths would be too. Hence a share of the vocabulary counts as stop tokens, which gives every
 engine completions of the same geometric distribution (`mean` tokens, cut at `max_new`); or there are no stop tokens,
@@ -15,9 +16,7 @@ takes a minute.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,10 +25,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 import torch
 
+from benchmarks.common import (
+    about,
+    add_device_flag,
+    answer,
+    chosen_device,
+    emit,
+    in_child,
+    peak_of_process,
+    profiled,
+    say,
+)
 from model import ModelConfig, Transformer
 from rollout import SamplingParams, generate
 
+PROFILED_TOKENS = 48  # new tokens of the profiled call: enough for the largest sizes of a step to be replayed as graphs
+
 SHAPES = {
+    "tiny": {  # only to try a script out
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "model_type": "qwen2",
+    },
     "small": {  # the default of sasr.py
         "vocab_size": 300,
         "hidden_size": 128,
@@ -66,6 +88,7 @@ CASES = {
     "cpu": {
         "small": [(8, 8, 20, 40, 64, 256), (16, 32, 20, 40, 64, 256)],
         "0.5b": [(8, 8, 80, 100, 0, 64)],
+        "tiny": [(2, 2, 20, 40, 4, 8)],
     },
     "cuda": {
         "small": [(8, 8, 20, 40, 64, 256), (16, 32, 20, 40, 64, 256)],
@@ -94,10 +117,11 @@ def make(shape: str, case: tuple, device: torch.device):
 
 def of_this_project(model, prompts, stops, group: int, max_new: int, device):
     params = SamplingParams(max_new, stop_token_ids=stops)
+    samplers: dict = {}  # kept from one call to the next, as a run keeps them
 
     def call(seed: int) -> list[int]:
-        generator = torch.Generator(device).manual_seed(seed)
-        return [len(c) for c in generate(model, prompts, params, group_size=group, generator=generator).completions]
+        draw = {"generator": torch.Generator(device).manual_seed(seed), "samplers": samplers}
+        return [len(c) for c in generate(model, prompts, params, group_size=group, **draw).completions]
 
     return call
 
@@ -144,8 +168,9 @@ def of_transformers(model, prompts, stops, group: int, max_new: int, device, cac
     return call
 
 
-def measure(engine: str, shape: str, case: tuple, device: torch.device, repeats: int) -> dict:
+def measure(engine: str, shape: str, case: tuple, device: str, repeats: int, profile: bool) -> dict:
     """Runs in a process of its own."""
+    device = chosen_device(device)
     model, prompts, stops = make(shape, case, device)
     group, max_new = case[1], case[5]
     if engine == "this project":
@@ -172,15 +197,14 @@ def measure(engine: str, shape: str, case: tuple, device: torch.device, repeats:
         "longest": max(lengths),
         "peak_bytes": peak,
     }
+    if profile:
+        few = min(PROFILED_TOKENS, max_new)
+        call = of_this_project(model, prompts, stops, group, few, device)
+        call(0)
+        result["profile"] = profiled(lambda: call(1), device) | {"tokens": few}
     if device.type == "cuda" and not stops:
         result["bandwidth"] = _bytes_read(model, prompts, group, max_new) / statistics.median(seconds)
     return result
-
-
-def peak_of_process() -> int:
-    """Bytes. Not getrusage's, which a child inherits from its parent."""
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def _bytes_read(model, prompts, group: int, max_new: int) -> float:
@@ -192,16 +216,6 @@ def _bytes_read(model, prompts, group: int, max_new: int) -> float:
     return max_new * (weights + per_slot * slots)
 
 
-def child(engine: str, shape: str, case: tuple, device: str, repeats: int) -> dict:
-    request = json.dumps([engine, shape, case, device, repeats])
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", request], capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        return {"missing": (done.stderr.strip().splitlines() or ["no output"])[-1][:90]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def copy_bandwidth() -> float:
     import triton
 
@@ -210,20 +224,25 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (1e-3 * triton.testing.do_bench(lambda: target.copy_(source), return_mode="median"))
 
 
-def compare(shape: str, device: str, repeats: int, ceiling: float | None) -> list[dict]:
-    """A table for each case of a shape; ceiling: measured copy bandwidth, bytes a second."""
-    rows = []
+def compare(common: dict, shape: str, device: str, repeats: int, engines: tuple, profile: bool) -> bool:
+    """A table for each case of a shape; whether this project was measured in all of them."""
+    ceiling, measured = None, True
+    if device == "cuda":
+        ceiling = copy_bandwidth()
+        torch.cuda.empty_cache()  # leaves the memory to the processes that measure
     for case in CASES[device].get(shape, []):
         count, group, shortest, longest, mean, max_new = case
         spread = f"about {mean} new tokens, {max_new} at most" if mean else f"{max_new} new tokens each"
-        print(f"\n{shape}: {count} prompts of {shortest} to {longest} tokens, {group} completions each, {spread}")
-        print(f"{'':26}{'tokens/s':>10}{'ratio':>8}{'seconds':>10}{'tokens':>9}{'peak GB':>9}")
+        say(f"\n{shape}: {count} prompts of {shortest} to {longest} tokens, {group} completions each, {spread}")
+        say(f"{'':26}{'tokens/s':>10}{'ratio':>8}{'seconds':>10}{'tokens':>9}{'peak GB':>9}")
         ours = None
-        for engine in ENGINES:
-            row = child(engine, shape, case, device, repeats if device == "cuda" or count * group <= 64 else 1)
-            rows.append({"shape": shape, "case": list(case), "engine": engine} | row)
-            if "missing" in row:
-                print(f"{engine:26}missing: {row['missing']}")
+        for engine in engines:
+            calls = repeats if device == "cuda" or count * group <= 64 else 1
+            row = in_child(__file__, engine, shape, case, device, calls, profile and engine == ENGINES[0])
+            emit(common | {"shape": shape, "case": list(case), "engine": engine} | row)
+            if "error" in row:
+                say(f"{engine:26}not measured: {row['error']}")
+                measured &= engine != ENGINES[0]
                 continue
             ours = ours or row
             ratio = ours["tokens_per_second"] / row["tokens_per_second"]
@@ -231,60 +250,51 @@ def compare(shape: str, device: str, repeats: int, ceiling: float | None) -> lis
             text += f"{row['peak_bytes'] / 1e9:9.2f}"
             if "bandwidth" in row:
                 text += f"   {row['bandwidth'] / ceiling:.0%} of copy bandwidth"
-            print(text, flush=True)
-    return rows
+            say(text)
+    return measured
 
 
-def curve(shape: str, device: str, repeats: int) -> list[dict]:
-    """Microseconds a new token costs this project, over batch and over length."""
-    rows = []
-    print(f"\n{shape}: microseconds a token; prompts of 30 tokens, groups of 8, no stop tokens")
+def curve(common: dict, shape: str, device: str, repeats: int) -> bool:
+    """Microseconds a new token costs this project, over batch and over length; whether all of it was measured."""
+    measured = True
+    say(f"\n{shape}: microseconds a token; prompts of 30 tokens, groups of 8, no stop tokens")
     lengths = (64, 128, 256, 512) if shape == "small" or device == "cuda" else (16, 32, 64)
-    print(f"{'rows':>6}" + "".join(f"{f'{max_new} new':>12}" for max_new in lengths))
+    say(f"{'rows':>6}" + "".join(f"{f'{max_new} new':>12}" for max_new in lengths))
     for count in (2, 8, 32):
         line = f"{8 * count:6}"
         for max_new in lengths:
-            row = child("this project", shape, (count, 8, 30, 30, 0, max_new), device, repeats)
-            cost = 1e6 / row["tokens_per_second"]
-            rows.append({"shape": shape, "rows": 8 * count, "new_tokens": max_new, "us_per_token": cost})
-            line += f"{cost:12.1f}"
-        print(line, flush=True)
-    return rows
+            row = in_child(__file__, ENGINES[0], shape, (count, 8, 30, 30, 0, max_new), device, repeats, False)
+            if "error" not in row:
+                row = {"us_per_token": 1e6 / row["tokens_per_second"]}
+            emit(common | {"shape": shape, "rows": 8 * count, "new_tokens": max_new} | row)
+            line += f"{row['us_per_token']:12.1f}" if "us_per_token" in row else f"{'failed':>12}"
+            measured &= "error" not in row
+        say(line)
+    return measured
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    add_device_flag(parser)
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="default: all that fit the device")
     parser.add_argument("--repeats", type=int, help="calls that are timed (default 5 for small, else 1; 3 on CUDA)")
     parser.add_argument("--curve", action="store_true", help="cost over batch and length instead of peers")
+    parser.add_argument("--no-peers", action="store_true", help="this project alone")
+    parser.add_argument("--profile", action="store_true", help="also which operations take this project's time")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
-        engine, shape, case, device, repeats = json.loads(arguments.child)
-        print(json.dumps(measure(engine, shape, tuple(case), torch.device(device), repeats)))
-        return 0
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("rollout.py: there is no CUDA device here", file=sys.stderr)
-        return 2
-    shapes = arguments.shapes or list(CASES[arguments.device])
-    result = {
-        "benchmark": "rollout",
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    print(f"{result['device']}, {result['threads']} threads, torch {result['torch']}")
-    ceiling = copy_bandwidth() if arguments.device == "cuda" and not arguments.curve else None
-    results = []
-    for shape in shapes:
-        repeats = arguments.repeats or (5 if shape == "small" else 3 if arguments.device == "cuda" else 1)
+        return answer(measure, arguments.child)
+    device = chosen_device(arguments.device)
+    measured, common = True, about("rollout", device)
+    for shape in arguments.shapes or [name for name in CASES[device.type] if name != "tiny"]:
+        repeats = arguments.repeats or (5 if shape == "small" else 3 if device.type == "cuda" else 1)
         if arguments.curve:
-            results += curve(shape, arguments.device, repeats)
+            measured &= curve(common, shape, device.type, repeats)
         else:
-            results += compare(shape, arguments.device, repeats, ceiling)
-    print(json.dumps(result | {"curve" if arguments.curve else "results": results}))
-    return 0
+            engines = ENGINES[:1] if arguments.no_peers else ENGINES
+            measured &= compare(common, shape, device.type, repeats, engines, arguments.profile)
+    return int(not measured)
 
 
 if __name__ == "__main__":

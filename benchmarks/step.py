@@ -1,8 +1,9 @@
 """One whole GRPO step (rollout, rewards, log-probs, update) beside TRL's `GRPOTrainer`, split into its phases.
 
     pip install trl==1.16.0                         # the peer; the project itself does not need it
-    python benchmarks/step.py                       # on a GPU if there is one; tables, then one JSON line
+    python benchmarks/step.py                       # on a GPU if there is one; tables, and a line of JSON a row
     python benchmarks/step.py --device cpu --shapes small --inner-updates 2
+    python benchmarks/step.py --no-peers --profile  # this project alone, and which operations take its time
 
 Both start from the same checkpoint and take the same prompts in the same order, 8 a step with 8 completions each. The
 small model is warmed up on its puzzles first, so that its completions have realistic lengths; the Qwen2.5-0.5B shape
@@ -22,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +38,18 @@ import torch
 from tokenizers import Tokenizer
 
 import sasr
-from benchmarks.rollout import SHAPES, peak_of_process
+from benchmarks.common import (
+    about,
+    add_device_flag,
+    answer,
+    chosen_device,
+    emit,
+    in_child,
+    peak_of_process,
+    profiled,
+    say,
+)
+from benchmarks.rollout import SHAPES
 from data.batch import shuffled
 from data.tokenizer import Codec
 from model import ModelConfig, Transformer
@@ -47,6 +58,7 @@ from run.setup import load_task_spec
 
 PROMPTS, GROUP = 8, 8
 TASKS = {  # prompts of 16 to 20 tokens; of about 100
+    "tiny": {"task": "knights-knaves:train_size=64,test_size=8"},
     "small": {"task": "knights-knaves", "warmup_steps": 100},
     "0.5b": {"task": "knights-knaves:people=8,width=3,train_size=64,test_size=8", "vocab_size": 257},
     "1.5b": {"task": "knights-knaves:people=8,width=3,train_size=64,test_size=8", "vocab_size": 257},
@@ -147,7 +159,10 @@ def of_this_project(request: dict) -> dict:
             steps.append(now() - started)
             tokens.append(record["tokens"])
             trainer.state.finish_step(record, steps[-1])
-    return result_of(steps, tokens, phases, request)
+    result = result_of(steps, tokens, phases, request)
+    if request["profile"]:
+        result["profile"] = profiled(trainer.step, trainer.device)
+    return result
 
 
 def of_trl(request: dict) -> dict:
@@ -253,77 +268,64 @@ def result_of(steps: list[float], tokens: list[int], phases: dict[str, float], r
     }
 
 
-def child(engine: str, request: dict) -> dict:
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps([engine, request])],
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    if done.returncode:
-        return {"missing": (done.stderr.strip().splitlines() or ["no output"])[-1][:90]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def measure(engine: str, request: dict) -> dict:
+    """Runs in a process of its own."""
+    chosen_device(request["device"])
+    return (of_this_project if engine == ENGINES[0] else of_trl)(request)
 
 
-def compare(shape: str, device: str, steps: int, inner_updates: int) -> list[dict]:
-    rows = []
+def compare(
+    common: dict, shape: str, device: str, steps: int, inner_updates: int, engines: tuple, profile: bool
+) -> bool:
+    """A table for a shape; whether this project was measured."""
+    measured, ours = True, None
     with tempfile.TemporaryDirectory() as folder:
         shared = make_checkpoint(shape, Path(folder) / "model", device)
         uncounted = 0 if device == "cpu" and shape != "small" else 1  # a step of minutes needs no warming up
-        request = shared | {"steps": steps + uncounted, "uncounted": uncounted}
+        request = shared | {"steps": steps + uncounted, "uncounted": uncounted, "profile": profile}
         request |= {"inner_updates": inner_updates, "device": device}
-        print(
+        say(
             f"\n{shape}: {PROMPTS} prompts of {shared['prompt_lengths'][0]} to {shared['prompt_lengths'][1]} tokens, "
             f"{GROUP} completions of at most {shared['max_new_tokens']}; {inner_updates} "
             f"update{'s' * (inner_updates > 1)} a rollout"
         )
         heads = "".join(f"{name:>10}" for name in ("seconds", "ratio", *PHASES, "tokens", "peak GB"))
-        print(f"{'':14}{heads}")
-        for engine in ENGINES:
-            row = child(engine, request)
-            rows.append({"shape": shape, "engine": engine, "inner_updates": inner_updates} | row)
-            if "missing" in row:
-                print(f"{engine:14}missing: {row['missing']}")
+        say(f"{'':14}{heads}")
+        for engine in engines:
+            row = in_child(__file__, engine, request)
+            emit(common | {"shape": shape, "engine": engine, "inner_updates": inner_updates} | row)
+            if "error" in row:
+                say(f"{engine:14}not measured: {row['error']}")
+                measured &= engine != ENGINES[0]
                 continue
-            ours = rows[0].get("seconds", row["seconds"])
+            ours = ours or row["seconds"]
             phases = "".join(f"{row['phases'].get(name, 0.0):10.3f}" for name in PHASES)
-            print(
+            say(
                 f"{engine:14}{row['seconds']:10.3f}{row['seconds'] / ours:9.2f}x{phases}{row['tokens']:10.0f}"
-                f"{row['peak_bytes'] / 1e9:10.2f}",
-                flush=True,
+                f"{row['peak_bytes'] / 1e9:10.2f}"
             )
-    return rows
+    return measured
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--shapes", nargs="+", choices=("small", "0.5b"), default=("small", "0.5b"))
+    add_device_flag(parser)
+    parser.add_argument("--shapes", nargs="+", choices=("tiny", "small", "0.5b"), default=("small", "0.5b"))
     parser.add_argument("--steps", type=int, help="steps that are timed (default: small 20, else 5; 1 on a CPU)")
     parser.add_argument("--inner-updates", type=int, default=1, help="optimizer steps a rollout (default 1)")
+    parser.add_argument("--no-peers", action="store_true", help="this project alone")
+    parser.add_argument("--profile", action="store_true", help="also which operations take this project's time")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
-        engine, request = json.loads(arguments.child)
-        print(json.dumps((of_this_project if engine == "this project" else of_trl)(request)))
-        return 0
-    device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
-        print("step.py: there is no CUDA device here", file=sys.stderr)
-        return 2
-    about = {
-        "benchmark": "step",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}")
-    results = []
+        return answer(measure, arguments.child)
+    device, measured = chosen_device(arguments.device), True
+    common, engines = about("step", device), ENGINES[:1] if arguments.no_peers else ENGINES
     for shape in arguments.shapes:
-        steps = arguments.steps or (20 if shape == "small" else 1 if device == "cpu" else 5)
-        results += compare(shape, device, steps, arguments.inner_updates)
-    print(json.dumps(about | {"results": results}))
-    return 0
+        steps = arguments.steps or (20 if shape == "small" else 1 if device.type == "cpu" else 5)
+        how = arguments.inner_updates, engines, arguments.profile
+        measured &= compare(common, shape, device.type, steps, *how)
+    return int(not measured)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ def load_task(
             except ValueError:
                 raise ValueError(f"task {name}: {key} must be a whole number, got {value!r}") from None
 
+    verifiers = getattr(module, "VERIFIERS", ())  # wrong once, and not in each record
+    if "verifier" in options and options["verifier"] not in verifiers:
+        raise ValueError(f"task {name}: verifier must be one of {', '.join(verifiers)}, got {options['verifier']!r}")
+
     def with_options(function: Callable) -> Callable:
         return partial(function, **{key: options[key] for key in options_of(function) if key in options})
 

@@ -5,6 +5,7 @@ Each draw is a function of the seed, its purpose and a count, so that a resumed 
 Shape letters: B sequences of a batch, b of a micro-batch, q distinct prompts of it, T time, N completion tokens.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -152,5 +153,6 @@ class TokenBudget:
             except torch.OutOfMemoryError:
                 if self.tokens < 32:  # by now each sequence has long been alone
                     raise
+            gc.collect()  # the error, its traceback and with them tensors may refer to each other in a circle
             self.tokens //= 2
             self.say(f"out of memory: --tokens-per-microbatch is {self.tokens} from here on")

@@ -9,7 +9,7 @@ The task is the one of Hendrycks et al., "Measuring Mathematical Problem Solving
     answer         \frac{1}{2}
 
 The last balanced box counts, as in the sources, but an empty \boxed{} (the prompt has one) is no answer. Equality is
-judged by latex.py, or by math-verify (`verifier="math-verify"`), which hands both answers to a computer algebra system.
+judged by latex.py, or by the package math-verify, which hands both answers to a computer algebra system.
 """
 
 import re
@@ -26,9 +26,8 @@ VERIFIERS = ("rules", "math-verify")
 def parse_record(record: dict) -> Example:
     r"""A published record {"problem", "solution", "level": "Level 3", "type"}, or one of MATH-500, where `level` is 3.
 
-    The solution is the demonstration, and its last box holds the answer. A field `answer`, where a record has it, must
-    be equivalent to that. An answer that is not graded as right itself is an error. Raises KeyError, ValueError or
-    TypeError with a reason that names the field.
+    The solution is the demonstration, and its last box holds the answer, to which a field `answer` must be equivalent.
+    It must be graded as right itself. Raises KeyError, ValueError or TypeError with a reason that names the field.
     """
     problem, solution, level = required_text(record, "problem"), required_text(record, "solution"), record.get("level")
     answer = last_boxed(solution)
@@ -54,8 +53,8 @@ def bare_answer(text: str) -> str:
 def grade(completion: str, example: Example, *, verifier: str = "rules") -> Grade:
     """Compare the last box of a completion with the bare answer. Well formed: there is a box with something in it.
 
-    verifier: "rules" is `equivalent`, in linear time; "math-verify" asks the package of that name, which may take
-    seconds an answer and works in the main thread only. Raises ValueError for another one and for a missing package.
+    verifier: "rules" is `equivalent`; "math-verify" asks the package of that name, which may take seconds an answer
+    and works in the main thread only. Raises ValueError for another one and for a missing package.
     """
     if verifier not in VERIFIERS:
         raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
@@ -70,8 +69,7 @@ def math_verify() -> Callable[[str, str], bool]:
     try:
         from math_verify import parse, verify
     except ImportError:
-        fix = "pip install 'math-verify[antlr4_13_2]'"
-        raise ValueError(f"verifier math-verify needs its package, which is missing: {fix}") from None
+        raise ValueError("verifier math-verify is not installed: pip install 'math-verify[antlr4_13_2]'") from None
 
     def same(gold: str, answer: str) -> bool:
         if len(answer) > MAX_LENGTH or gold.strip() == answer.strip():

@@ -45,8 +45,9 @@ MAX_NUMBER = 10**MAX_DIGITS - 1
 
 Term = tuple[int, str]  # a number that is left: its value, and the expression that made it, in parentheses
 APPLY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-ASCII = str.maketrans("×·⋅÷−–", "***/--", "`$")
-COMMANDS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", r"\(": "", r"\)": ""}
+ASCII = str.maketrans("×·⋅÷−–`$", "***/--  ")  # a blank, since 3`8 is not 38
+COMMANDS = {r"\times": "*", r"\cdot": "*", r"\div": "/"}
+COMMANDS |= dict.fromkeys([r"\left", r"\right", r"\(", r"\)", r"\[", r"\]"], " ")
 
 
 def generate(
@@ -180,8 +181,7 @@ def grade(completion: str, example: Example) -> Grade:
     written = (tagged_answer(completion) or "").translate(ASCII)
     for command, symbol in COMMANDS.items():
         written = written.replace(command, symbol)
-    expression, equals, claim = written.partition("=")
-    claim = claim.strip().removesuffix(".")
+    expression, equals, claim = map(str.strip, written.strip().removesuffix(".").partition("="))
     try:
         value, used = evaluate(expression)
         if equals and not re.fullmatch(rf"-?[0-9]{{1,{MAX_DIGITS}}}", claim):

@@ -133,10 +133,11 @@ def natural_demonstration(reasoning: str, answer: str, format: str) -> str:
 
 def find_conclusion(text: str, format: str) -> str | None:
     """What follows the marker, if it is there once; logic-rl: inside the last <answer> pair, behind a <think> pair."""
+    text = outside_cut_thought(text)
     if format == "logic-rl":
         before, _, _ = text.rpartition("</answer>")[0].rpartition("<answer>")
         return tagged_answer(text) if tagged_answer(before, "think") is not None else None
-    parts = outside_cut_thought(text).replace("**", "").casefold().split(MARKER.casefold())
+    parts = text.replace("**", "").casefold().split(MARKER.casefold())
     return parts[1] if len(parts) == 2 else None
 
 

@@ -21,7 +21,7 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bil
 UNIT = (
     r"(?:[cmk]?m|ft|in|yd|mi|s|units?|feet|foot|inch(?:es)?|yards?|miles?|seconds?|(?:centi|milli|kilo)?met(?:er|re)s?)"
 )
-CHARACTERS = str.maketrans("‐‑‒–—―−﹣－\u00a0\u2007\u2009\u202f", "---------    ")
+CHARACTERS = str.maketrans("‐‑‒–—―−﹣－\u00a0\u2007\u2009\u202f", "---------    ", "\u200b\u2060\ufeff")
 # Between groups of three digits; read before other blanks are folded, since a thin space separates and " " does not.
 SEPARATOR = r"(?<=[0-9])(?:\{,\}|,?\\!|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))"
 NOTATION = [  # (pattern, replacement), in this order. Digits are [0-9], because \d also takes those of other scripts.
@@ -36,17 +36,21 @@ NOTATION = [  # (pattern, replacement), in this order. Digits are [0-9], because
 LITERAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![0-9A-Za-z])\.[0-9]++)"
 NUMBER = re.compile(
     r"(?:(?<![0-9A-Za-z)])(-)\\?[$€£¥₹]?)?"
-    r"(?:([0-9]++) (?=[0-9]++ ?/))?"  # the whole part of 1 1/2
+    r"(?:([0-9]++) {1,2}(?=[0-9]++ ?/))?"  # the whole part of 1 1/2
     rf"({LITERAL})(?:[eE]([+-]?[0-9]{{1,3}})(?![0-9A-Za-z]))?"
     rf"(?: ?/ ?({LITERAL}))?"
     rf"((?: ?(?:{'|'.join(SCALES)})s?\b){{0,3}})",  # no more, so that the value stays small
     re.IGNORECASE,
 )
 # What may stand before a number: words, marks, and the commands around it.
-OPENING = re.compile(r"[A-Za-z',: ]*(?:[\s$€£¥₹*_`(+]|\\[(\[$]|\\(?:boxed|text(?:bf)?|math(?:bf|rm)) ?\{)*")
-NOT_ALONE = re.compile(  # beside a number, it would change it: 5 and 6, 2\pi, 18th, 5k, 5x, half of 5
-    r"[0-9½⅓⅔¼¾π√]|\\pi\b|(?<![A-Za-z])[\^²³¹⁰⁴-⁹]|(?<= )(?:k|[xyn]|st|nd|rd|th|mil|bn|(?-i:[MB]))\b|"
-    rf"\b(?:half|halves|thirds?|quarters?|twice|double|squared|cubed|factorial|minus|negative|(?:{'|'.join(SCALES)})s?)\b",
+OPENING = re.compile(
+    r"""(?:[A-Za-z'’",:\s$€£¥₹*_`(\[{}+~≈]|\\(?:[(\[$]|approx\b|(?:boxed|text(?:bf)?|math(?:bf|rm)) ?\{))*"""
+)
+NOT_ALONE = re.compile(  # beside a number, it would change it: 5 and 6, 2\pi, 18th, 5k, 5x, half of 5, f(5)
+    r"[0-9½⅓⅔¼¾π√]|[A-Za-z]\( |\\pi\b|(?<![A-Za-z])(?:\^(?! ?\{? ?\\circ)|[²³¹⁰⁴-⁹])|"
+    r"(?<= )(?:k|[xyn]|st|nd|rd|th|mil|bn|(?-i:[MB]))\b|\b(?:half|halves|thirds?|quarters?|twice|double|triple|"
+    r"(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|sqrt|root of|factorial|minus|negative|lakhs?|crores?|"
+    rf"(?:{'|'.join(SCALES)}|quadrillion)(?:th)?s?)\b",
     re.IGNORECASE,
 )
 
@@ -64,7 +68,7 @@ def read_number(text: str) -> Fraction | None:
 
     None for anything else: several numbers, a time of day, a sum that is not worked out, half of 18.
     """
-    text = normalise(text).rpartition("=")[2]
+    text = re.split("(?<![<>!/])=", normalise(text))[-1]
     found = NUMBER.match(text, OPENING.match(text).end())
     if found is None or NOT_ALONE.search(text[: found.start()] + " " + text[found.end() :]):
         return None

@@ -156,7 +156,7 @@ def load_reward(spec: str, *, alone: bool = False) -> Callable[[str, Example], G
         module = import_file(file) if file else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # a script may end itself
         if not file and isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
-            raise ValueError(f"reward {spec!r}: no such module {place!r}") from None
+            raise ValueError(f"reward {spec!r}: no such module {place!r} here in {beside}, nor installed") from None
         reason = f"importing it raised {type(error).__name__}: {one_line(error)}"
         raise ValueError(f"reward {spec!r}: {reason}") from error
     finally:
@@ -195,8 +195,9 @@ def let_neighbours_win(beside: str) -> None:
         if spec and (spec.origin or any(Path(beside, name).glob("*.py"))):  # no folder of records
             for loaded in [module for module in sys.modules if f"{module}.".startswith(f"{name}.")]:
                 del sys.modules[loaded]  # it goes on to work for those who have it
-            if not spec.origin:  # without __init__.py, Python would prefer a package of ours
-                sys.modules[name] = importlib.util.module_from_spec(spec)
+            if not spec.origin:  # without __init__.py, Python would prefer ours, which now fills the gaps
+                sys.modules[name] = module = importlib.util.module_from_spec(spec)
+                module.__path__ = [str(place / name) for place in (Path(beside), Path(__file__).resolve().parents[1])]
 
 
 def import_file(file: Path) -> ModuleType:

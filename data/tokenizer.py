@@ -175,7 +175,8 @@ class Codec:
         for prompt, whole, (_, reply) in zip(rendered, self._render_all(turns, prompt=False), pairs, strict=True):
             target = whole.removeprefix(prompt).removesuffix(self.closing)
             in_place = whole.startswith(prompt) and whole.endswith(self.closing)
-            if not in_place or without_blanks(reply) not in without_blanks(self.opening + target):
+            asked, written = ("".join(text.split()) for text in (reply, self.opening + target))  # blanks may differ
+            if not in_place or asked not in written:
                 target = self._without_opening(reply)
                 notes.append("the chat template cuts demonstrations, or puts them elsewhere: their own text is learnt")
             if self.opening and "</think>" not in self.opening + target:
@@ -249,10 +250,6 @@ def encode_apart(text: str, tokenizer: Tokenizer) -> list[int]:
     """Behind a NUL, which no token shares and is then taken away: some tokenizers put a space before a text."""
     mark, ids, alone = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("\0", "\0" + text, text))
     return ids[len(mark) :] if ids[: len(mark)] == mark else alone
-
-
-def without_blanks(text: str) -> str:
-    return "".join(text.split())
 
 
 def read_template_args(text: str) -> dict:

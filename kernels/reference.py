@@ -37,8 +37,9 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     tokens = max(1, MAX_LOGITS // len(weight))  # of a slice
     if len(targets) <= tokens:
         return _slice_logprobs(hidden, weight, targets, temperature)
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random
     parts = [
-        checkpoint(_slice_logprobs, some_hidden, weight, some_targets, temperature, use_reentrant=False)
+        checkpoint(_slice_logprobs, some_hidden, weight, some_targets, temperature, **options)
         for some_hidden, some_targets in zip(hidden.split(tokens), targets.split(tokens), strict=True)
     ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))

@@ -8,7 +8,6 @@ import torch
 import kernels
 from data import Grade
 from data.batch import Batch, micro_batches, rng_for
-from data.scores import scores_of
 from data.tokenized import TokenizedTask
 from model import Transformer, completion_hidden
 from rollout import SamplingParams, generate
@@ -16,12 +15,13 @@ from rollout import SamplingParams, generate
 from .checkpoint import RunFolder, default_out
 from .config import RunConfig
 from .report import dropped_report, provenance, score_table
+from .scores import scores_of
 
 EVAL_ROWS = 256  # answers that an evaluation draws at once
 
 
 def evaluate(trainer) -> dict[str, float]:
-    """Scores (`data.scores.scores_of`), also out of domain (`_ood`); the answers go to `trainer.answers`.
+    """Scores (`scores.scores_of`), also out of domain (`_ood`); the answers go to `trainer.answers`.
 
     With a reference policy also `kl`, from it, over the whole vocabulary: nats per token of the greedy answers.
     """

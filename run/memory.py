@@ -40,6 +40,7 @@ def memory_plan(setup: Setup) -> dict[str, float]:
     stays = sum(plan.values())
     plan["gradients"] = 4 * parameters
     plan["activations"] = activation_bytes(shape, max(tokens, completion), config.gradient_checkpointing, cuda)
+    plan["activations"] += attention_bias_bytes(shape, min(tokens, rows * task.max_new_tokens), completion, cuda)
     plan["evaluation"] = eval_cache + eval_rows * draws
     return plan | {"peak": stays + max(plan["gradients"] + plan["activations"], plan["evaluation"])}
 
@@ -56,12 +57,21 @@ def activation_bytes(shape: ModelConfig, tokens: int, checkpointing: bool, cuda:
     backward = small * 3 * mlp + 4 * 2 * hidden  # gradients on their way through a layer
     bf16_weights = 2 * (2 * hidden * (queries + keys) + 3 * hidden * mlp) if cuda else 0
     if checkpointing:
-        saved = tokens * (4 * hidden * shape.num_hidden_layers + layer) + bf16_weights
+        # Backward has one layer's at a time, but autocast keeps its copies of all weights until forward ends.
+        of_layers = max(tokens * layer + bf16_weights, shape.num_hidden_layers * bf16_weights)
+        saved = tokens * 4 * hidden * shape.num_hidden_layers + of_layers
     else:
         saved = shape.num_hidden_layers * (tokens * layer + bf16_weights)
-    head = 4 * shape.vocab_size * hidden  # the gradient of the output matrix, before it is added to the embedding's
+    # The gradient of the output matrix, before it is added to the embedding's; on CUDA also the matrix in bf16.
+    head = (6 if cuda else 4) * shape.vocab_size * hidden
     logits = min(tokens * shape.vocab_size, 2**26) * small + 4 * 3 * tokens * hidden
     return saved + max(tokens * backward, head + logits)
+
+
+def attention_bias_bytes(shape: ModelConfig, completion_tokens: int, longest: int, cuda: bool) -> int:
+    """The one that all layers share: where prompts are, every completion token has a row for prompt and completion."""
+    rows = completion_tokens * (shape.num_attention_heads // shape.num_key_value_heads)
+    return rows * -(-longest // 8) * 8 * (2 if cuda else 4)
 
 
 def dry_run_report(setup: Setup) -> str:

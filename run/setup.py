@@ -1,5 +1,6 @@
 """What a run is made of before its weights: the device, the tasks as token ids, and the shape of the model."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,7 +26,8 @@ class Setup:
         self.config, self.device = config, resolve_device(config.device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-            torch.use_deterministic_algorithms(True, warn_only=True)  # some sums over rows exist in one form only
+            # A warning, no more: on CUDA the cumulative sums of the sampler exist in one form only.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         task, warmup_task, ood_task = load_tasks(config)
         self.checkpoint, context = None, math.inf
         if config.model:
@@ -56,7 +58,8 @@ class Setup:
             tokenized.check_evaluated(config.eval_examples)
         graded = [] if config.reward else [self.task]  # a user's function is not for trying
         graded += [self.warmup_task] if self.warmup_task is not self.task else []
-        wrong = [check_grades(tokenized, self.codec) for tokenized in graded if config.total_steps]
+        learnt = config.warmup_steps > 0 or may_choose_sft(config)
+        wrong = [check_grades(tokenized, self.codec, learnt) for tokenized in graded if config.total_steps]
         self.notes = [*self.codec.notes, *filter(None, wrong)]
         if not config.model:
             longest = max(t.context for t in (self.task, self.warmup_task, self.ood_task) if t)
@@ -72,15 +75,32 @@ class Setup:
             return Transformer(self.shape)
 
 
-def check_grades(tokenized: TokenizedTask, codec: Codec, count: int = 64) -> str:
+@contextlib.contextmanager
+def strictly_deterministic():
+    """Within, --deterministic does not only warn: for a warning, attention on CUDA keeps its backward as it is."""
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=lenient)
+
+
+def check_grades(tokenized: TokenizedTask, codec: Codec, learnt: bool, count: int = 64) -> str:
     """Grade `count` demonstrations, spread over the file, as if a model had written them: what is not right, or "".
 
-    They go from text to tokens and back, so that tokenizer, template and verifier are tried together. Raises ValueError
-    where none is graded as right: then no reward could be earned.
+    They go from text to tokens and back, so that tokenizer, template and verifier are tried too. Where they are not
+    `learnt`, a thought that only the prompt opens is no fault: the model may close it. Raises ValueError where none is
+    graded as right: then no reward could be earned.
     """
     total = len(tokenized.demonstrations)
     chosen = [i * total // count for i in range(count)] if total > count else range(total)
     texts = codec.decode([tokenized.demonstrations[i][1] for i in chosen])
+    if not learnt:
+        texts = [text if "</think>" in text else text.removeprefix(codec.opening) for text in texts]
     tried = [(tokenized.worked[i], text) for i, text in zip(chosen, texts, strict=True)]
     wrong = [(*pair, grade) for pair in tried if not (grade := tokenized.source.grade(pair[1], pair[0])).correct]
     if not wrong:
@@ -92,7 +112,8 @@ def check_grades(tokenized: TokenizedTask, codec: Codec, count: int = 64) -> str
     if len(wrong) < len(tried):
         return f"{len(wrong)} of {len(tried)} demonstrations of {name} are graded as wrong; {shown}"
     every = f"task {name}: not one of {len(tried)} demonstrations is graded as right, so no reward can be earned"
-    raise ValueError("; ".join([every, shown, *codec.notes]))
+    fix = "mend the demonstrations, or choose with --verifier how answers are compared"
+    raise ValueError("; ".join([every, shown, *(codec.notes or [fix])]))
 
 
 def load_tasks(config: RunConfig) -> tuple[Task, Task, Task | None]:

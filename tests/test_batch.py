@@ -1,6 +1,7 @@
 """Batches: which examples come next, and how they are cut into micro-batches."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -81,3 +82,17 @@ def test_out_of_memory_halves_the_tokens_until_it_fits_and_keeps_that():
     assert texts == [f"out of memory: --tokens-per-microbatch is {tokens} from here on" for tokens in (1024, 512)]
     with pytest.raises(torch.OutOfMemoryError):
         budget.retry_on_oom(needs, 0)
+
+
+def test_what_a_failed_attempt_held_in_a_circle_is_gone_before_the_next():
+    held = []
+
+    def attempt(tokens):
+        if not held:
+            circle = torch.nn.Module()
+            object.__setattr__(circle, "itself", circle)
+            held.append(weakref.ref(circle))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return held[0]()
+
+    assert TokenBudget(64, print).retry_on_oom(attempt) is None

@@ -1,12 +1,17 @@
-"""The pictures and tables: they show what the files say, and name a folder that is no run."""
+"""The pictures and tables show what the files say and name a folder that is no run; what is measured is not lost."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import transformers
 
-from benchmarks import compare, plot, step
+from benchmarks import compare, kernels, plot, record, rollout, step
 from data import load_task
 
 
@@ -112,7 +117,7 @@ def test_every_text_gets_a_reward_of_its_own():
     assert len({step.reward_of(task, f"no answer {i}", example) for i in range(50)}) > 40
 
 
-REQUEST = {"steps": 2, "uncounted": 1, "inner_updates": 2, "device": "cpu", "max_new_tokens": 5}
+REQUEST = {"steps": 2, "uncounted": 1, "inner_updates": 2, "device": "cpu", "max_new_tokens": 5, "profile": False}
 
 
 @pytest.mark.nightly
@@ -121,7 +126,7 @@ def test_the_peer_takes_the_same_step(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.setitem(step.TASKS, "small", {"task": "countdown:train_size=64,test_size=1", "warmup_steps": 2})
     request = step.make_checkpoint("small", tmp_path / "model", "cpu") | REQUEST
-    ours, theirs = (step.child(engine, request) for engine in step.ENGINES)
+    ours, theirs = (step.in_child(step.__file__, engine, request) for engine in step.ENGINES)
     assert list(ours["phases"]) == list(theirs["phases"]) == ["rollout", "rewards", "log-probs", "update"]
     assert theirs["tokens"] == pytest.approx(ours["tokens"], rel=0.1)
     assert theirs["seconds"] > 0
@@ -138,3 +143,123 @@ def test_both_engines_start_from_one_checkpoint(tmp_path, monkeypatch):
     assert list(result["phases"]) == ["rollout", "rewards", "log-probs", "update"]
     assert all(seconds > 0 for seconds in result["phases"].values())
     assert 0 < result["tokens"] <= 8 * 8 * 5
+
+
+# ----------------------------------------------------------------------------- rows as they come
+
+SCRIPTS = Path(step.__file__).parent
+
+
+def test_a_measurement_is_a_row_and_one_that_fails_is_too(monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "in_child", lambda script, *request: rollout.measure(*request))
+    options = ["--device", "cpu", "--shapes", "tiny", "--repeats", "1", "--no-peers"]
+    assert rollout.main(options) == 0
+    captured = capsys.readouterr()
+    (row,) = map(json.loads, captured.out.splitlines())
+    assert (row["benchmark"], row["shape"], row["engine"]) == ("rollout", "tiny", "this project")
+    assert row["tokens_per_second"] > 0
+    assert "tokens/s" in captured.err
+
+    monkeypatch.setattr(rollout, "in_child", lambda script, *request: {"error": "ValueError: x"})
+    for options in ([], ["--no-peers"], ["--curve"]):
+        assert rollout.main(["--device", "cpu", "--shapes", "tiny", *options]) == 1
+        assert all(json.loads(line)["error"] == "ValueError: x" for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_peer_that_is_missing_is_named_and_does_not_fail_the_kernels(capsys):
+    def missing(*_):
+        raise ImportError("no such package")
+
+    def ours(hidden, weight, targets, temperature):
+        return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    device = kernels.torch.device("cpu")
+    assert kernels.compare({}, 4, 9, 3, 1.0, device, {kernels.OURS: ours, "peer": missing})
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0]["both_ms"] > 0
+    assert rows[1]["error"] == "ImportError: no such package"
+    assert not kernels.compare({}, 4, 9, 3, 1.0, device, {kernels.OURS: missing})
+
+
+def start(tmp_path: Path, limit: float, script: str) -> subprocess.Popen:
+    command = [sys.executable, SCRIPTS / "record.py", tmp_path / "card", "part", str(limit), "sh", "-c", script]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def part_of(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "card.json").read_text())["part"]
+
+
+ROW = """echo 'a table'; echo '{"ms": 3}'; """
+
+
+@pytest.mark.parametrize(
+    ("limit", "script", "result"),
+    [
+        (9, ROW, "ok"),
+        (9, ROW + "echo oh >&2; exit 3", "failed with code 3"),
+        (0.2, ROW + "exec sleep 9", "cut off at 0.2 s"),
+        (0.2, ROW + "sleep 9 & wait", "cut off at 0.2 s"),
+        (0, ROW, "not begun: no time was left"),
+    ],
+)
+def test_a_part_is_recorded_however_it_ends(limit, script, result, tmp_path):
+    process = start(tmp_path, limit, script)
+    shown, _ = process.communicate(timeout=9)
+    part = part_of(tmp_path)
+    assert part["result"] == result
+    assert part["rows"] == ([{"ms": 3}] if limit else [])
+    assert process.returncode == (result != "ok")
+    assert (tmp_path / "card.log").read_text() == shown
+    if "oh" in script:
+        assert part["tail"] == ["a table", "oh"]
+
+
+@pytest.mark.parametrize(
+    ("number", "result"), [(signal.SIGTERM, "stopped from outside by SIGTERM"), (signal.SIGKILL, "unfinished")]
+)
+def test_what_was_measured_outlives_the_recorder(number, result, tmp_path):
+    process = start(tmp_path, 1, ROW + "sleep 0.1; echo end; exec sleep 9")
+    while process.stdout.readline() != "end\n":
+        pass
+    process.send_signal(number)
+    process.communicate(timeout=9)
+    assert part_of(tmp_path)["result"] == result
+    assert part_of(tmp_path)["rows"] == [{"ms": 3}]
+    assert "a table" in (tmp_path / "card.log").read_text()
+
+
+def test_a_second_part_is_added_to_the_first_and_a_repeated_one_takes_its_place(tmp_path):
+    for name, text in (("a", '{"x": 1}'), ("b", '{"x": 2}'), ("a", "[3]")):
+        record.main([str(tmp_path / "card"), name, "9", "echo", text])
+    parts = json.loads((tmp_path / "card.json").read_text())
+    assert {name: part["rows"] for name, part in parts.items()} == {"a": [], "b": [{"x": 2}]}
+
+
+def run_gpu_sh(tmp_path: Path, *arguments: str, seconds: int) -> subprocess.CompletedProcess:
+    given = {"PYTHON": sys.executable, "OUT": str(tmp_path), "GPU_SH_DEVICE": "cpu", "GPU_SH_SECONDS": str(seconds)}
+    command = ["bash", str(SCRIPTS / "gpu.sh"), *arguments]
+    return subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=False)
+
+
+def test_gpu_sh_says_of_each_part_that_no_time_was_left(tmp_path):
+    assert run_gpu_sh(tmp_path, "--peers", seconds=0).returncode == 1
+    parts = json.loads((tmp_path / "cpu-peers.json").read_text())
+    assert list(parts) == ["rollout", "step", "memory", "rollout-large", "kernels"]
+    assert {part["result"] for part in parts.values()} == {"not begun: no time was left"}
+    done = run_gpu_sh(tmp_path, "--peer", seconds=0)
+    assert (done.returncode, "unknown argument --peer" in done.stderr) == (2, True)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("arguments", [(), ("--peers",)], ids=["alone", "peers"])
+def test_gpu_sh_rehearses_on_a_cpu(arguments, tmp_path):
+    done = run_gpu_sh(tmp_path, *arguments, seconds=2000)
+    parts = json.loads((tmp_path / f"cpu{'-peers' * bool(arguments)}.json").read_text())
+    assert {name: part["result"] for name, part in parts.items()} == dict.fromkeys(parts, "ok")
+    assert all(part["rows"] for part in parts.values())
+    if not arguments:
+        for name in ("rollout", "step"):
+            (row,) = parts[name]["rows"]
+            assert {"aten::mm", "aten::cat"} <= {operation for operation, calls, ms in row["profile"]["operations"]}
+    assert done.returncode == 0

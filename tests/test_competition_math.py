@@ -204,7 +204,9 @@ def test_the_published_subset_loads_and_its_demonstrations_grade_correct():
         assert example.group == record["level"]
         assert example.answer in record["solution"]
         assert task.grade(example.demonstration, example) == CORRECT
-        latex.read(latex.normalise(example.answer))  # none is compared as text only
+        parser = latex.Parser(latex.normalise(example.answer))
+        parser.answer()
+        assert all(re.fullmatch("[a-z]|word [a-z]+", name) for name in parser.names)  # none is compared as text only
         assert latex.equivalent(example.answer, f"x={example.answer}") or re.search("[=,]", example.answer)
     assert {example.group for example in task.test} == {f"Level {n}" for n in range(1, 6)}
 
@@ -215,7 +217,7 @@ def test_different_answers_of_the_published_subset_are_equal_only_in_notation():
         pytest.skip(f"no published records at {SHARED}")
     groups: dict[str, set[str]] = {}
     for answer in {example.answer for example in load_task("math", SHARED).test}:
-        value, equation = latex.read(latex.UNIT.sub("", latex.normalise(answer)))
+        value, equation = latex.Parser(latex.UNIT.sub("", latex.normalise(answer))).answer()
         key = f"{float(latex.value_at(equation if value is None else value, 7)):.9g}"  # equal answers have equal values
         groups.setdefault(key, set()).add(answer)
     alike = {frozenset(answers) for answers in groups.values() if len(answers) > 1}

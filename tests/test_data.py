@@ -438,7 +438,7 @@ def test_what_the_function_raises_is_not_hidden(here):
         ("own:", "", "expected MODULE:FUNCTION or path/to/FILE.py:FUNCTION"),
         (":reward", "", "expected MODULE:FUNCTION or path/to/FILE.py:FUNCTION"),
         ("lib/none.py:reward", "", "no such file 'lib/none.py'"),
-        ("none:reward", "", "no such module 'none'"),
+        ("none:reward", "", "no such module 'none' here in /"),
         ("none.own:reward", "", "no such module 'none.own'"),
         ("own.none:reward", "", "no such module 'own.none'"),
         ("own:reward", "", "own has no function 'reward'"),

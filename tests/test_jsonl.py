@@ -238,7 +238,9 @@ def test_a_missing_field_is_named(tmp_path, field):
 
 
 def test_an_unknown_verifier_names_the_choices(tmp_path):
-    with pytest.raises(ValueError, match="verifier must be one of exact, numeric, regex, math, got 'fuzzy'"):
+    with pytest.raises(
+        ValueError, match=r"^task jsonl: verifier must be one of exact, numeric, regex, math, got 'fuzzy'"
+    ):
         load_task("jsonl", write(tmp_path, RECORD), verifier="fuzzy")
     with pytest.raises(ValueError, match="verifier must be one of exact, numeric, regex, math, got 1"):
         jsonl.grade("", Example("", "42"), verifier=1)

@@ -511,6 +511,7 @@ def tagged(think, answer):
         (tagged("", NATURAL.answer) + f"<answer>{ALL_NATURAL[0]}</answer>", -0.5),
         (tagged("", f"{NATURAL.answer}</answer>"), 3.0),
         (tagged("", NATURAL.answer) + f"<think>wait <answer>{ALL_NATURAL[0]}</answer>", 3.0),  # cut off
+        ("<think><answer></answer></think><answer><think></answer>", -3.0),  # so is what comes behind the last <think>
         (tagged("", NATURAL.answer.replace("\n", ", ")), 3.0),
         (tagged("", "Michael is a knight; Zoey is a knave; Ethan is a knight"), 3.0),
         (tagged("", "1. Ethan is a knight\n2. Michael is a knight\n3. Zoey is a knave"), 3.0),

@@ -116,9 +116,11 @@ SAME = [  # groups: the first answer equals all others of its group, and none of
     ["5x - 7y + 11z - 4 = 0"],
     ["y = 2x + 3", "2x+3", "3+2x", "y=3+2x"],
     ["x=1, y=2", "y=2, x=1"],
+    [r"t=\{0,8\}", "t=0, t=8", "t=8,0"],
     ["x=2, y=1"],
     # letters: order is free, and an expression equals its factored form
-    ["6r^2-4r-24", "-4r + 6r^{2} - 24", "6 r^2 - 4 r - 24"],
+    ["6r^2-4r-24", "-4r + 6r^{2} - 24", "6 r^2 - 4 r - 24", "6r^2+-4r-24"],
+    ["t^3", "s(t)=t^3", "t^3=s(t)"],
     ["6r^2+4r-24"],
     ["5r^5", r"5\cdot r^5", r"r^5 \cdot 5", r"5r^{5}"],
     ["(a+5)(b+2)", "(b+2)(a+5)", "(5+a)(2+b)", r"(a+5)\cdot(b+2)", r"\left(a+5\right)\left(b+2\right)", "ab+2a+5b+10"],
@@ -205,7 +207,7 @@ SAME = [  # groups: the first answer equals all others of its group, and none of
      r"m\angle A=7^\circ", "7 = x", "a+b=3+4=7"],
     [r"\frac15", r"P(A)=\frac15", r"P(A\cup B)=0.2", r"\cos\theta=\frac15", r"\Pr(X=3)=0.2"],
     ["x(x+1)=6", "x^2+x-6=0", "6=x(x+1)"],
-    ["e=3.25"],
+    ["e=3.25", "3.25"],
     ["e=4.25"],
     [r"\angle A=7.5"],
     [r"\angle B=7.5"],
@@ -344,6 +346,8 @@ DIFFERENT = [  # pairs that a person or a naive normaliser may take for equal
     (r"2\text{ and a half}", "2"),
     ("2 million 300 thousand", "2300000000"),
     ("f(3)=7, g(4)=2", "f(3)=2"),
+    ("x=1, y=2, 3", "1, 2, 3"),
+    ("x=1, x+y=3", "1, 3"),
     (r"\sin 30^\circ=3", "3"),
     (r"1\pm2\mp3", "0, 2"),
 ]
@@ -593,3 +597,20 @@ def test_sums_of_roots_are_equal_where_their_values_are(terms, factor, root):
     right = sum_of([(factor * value, n * root) for value, n in reversed(terms)])
     assert equivalent(left, right)
     assert not equivalent(left, right + "+0.001")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (r"5\text{ cm}", r"5\text{ centimeters}", True),
+        (r"5\text{ ft}", r"5\text{ feet}", True),
+        (r"15\text{ cm}^2", r"15\text{ square centimeters}", True),
+        (r"15\text{ cm}^2", r"15\text{ cubic centimeters}", False),
+        (r"\csc x", r"\frac{1}{\sin x}", True),
+        (r"\sec 60^\circ", "2", True),
+        *(("5", rf"5\text{{ {word}}}", False) for word in ("tenths", "hundredths", "fifths", "th", "crore", "triple")),
+        ("5", r"5\text{ months}", True),
+    ],
+)
+def test_units_have_several_spellings_and_words_that_change_a_value_are_none(one, other, equal):
+    assert latex.equivalent(one, other) == latex.equivalent(other, one) == equal

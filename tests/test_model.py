@@ -17,7 +17,9 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
+import model as model_module
 from model import KVCache, Linear, ModelConfig, SharedPrompts, Transformer, read_config, rope_frequencies
+from rollout import resolve_device
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 SHAPE = {
@@ -283,6 +285,37 @@ def test_completions_of_shared_prompts_have_the_states_and_gradients_of_whole_se
         )
 
 
+@pytest.mark.parametrize("slots", [5, 8, 13])
+@pytest.mark.parametrize("time", [1, 3])
+def test_the_bias_of_a_mask_has_a_row_per_query_head_and_rows_that_begin_at_multiples_of_8(time, slots):
+    model = random_model()  # two query heads share keys
+    mask = torch.rand(4, 1, time, slots, generator=torch.Generator().manual_seed(0)) < 0.5
+    bias = model._attention_bias(mask)
+    assert torch.equal(bias, torch.where(mask, 0.0, -torch.inf).repeat(1, 1, 2, 1))
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    assert bias.stride(-1) == 1
+    q, k, v = torch.randn(4, 2, 2 * time, 16), *torch.randn(2, 4, 2, slots, 16)
+    mask = mask | (torch.arange(slots) == 0)  # every token attends to something
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=model._attention_bias(mask))
+    assert_close(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, 2, 1)), 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@torch.no_grad()
+def test_decoding_with_a_bias_on_a_card_gives_what_the_bool_mask_gives_here(dtype, tolerance):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, prompts, lengths = random_model().to(dtype), random_ids(3, 9), torch.tensor([9, 4, 1])
+    new, states = random_ids(3, 1, seed=2), []
+    for device in (torch.device("cpu"), resolve_device("cuda")):
+        model = model.to(device)
+        cache = KVCache(model.config, 3, 13, dtype=dtype, device=device)
+        model(prompts.to(device), cache=cache)
+        states.append(model(new.to(device), lengths[:, None].to(device), cache).float().cpu())
+    assert_close(states[1], states[0], tolerance)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(64, 1), (128, 1), (5, 3), (129, 1), (1, 1)], ids=str)
 @torch.no_grad()
@@ -327,7 +360,8 @@ def test_cache_slots_that_were_never_written_change_nothing(grown, unwritten_mem
         assert_close(logits[1], logits_of(model, short[None])[0, 2 + step], 1e-5)
 
 
-def test_gradient_checkpointing_changes_memory_and_not_the_gradients():
+def test_gradient_checkpointing_changes_memory_and_not_the_gradients(monkeypatch):
+    monkeypatch.setattr(torch, "get_rng_state", None)  # nothing in a layer is random: no state is read, nor kept
     model, input_ids = random_model("qwen2"), random_ids(2, 10)
     calls = []
     model.model["layers"][0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -346,6 +380,20 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradients():
     assert torch.equal(loss, plain_loss)
     for name, gradient in gradients.items():
         assert_close(gradient, plain[name], 1e-7)
+
+
+@torch.no_grad()
+def test_a_bf16_model_turns_by_the_angles_of_an_fp32_one(monkeypatch):
+    used, original = [], model_module.apply_rotary
+    monkeypatch.setattr(model_module, "apply_rotary", lambda x, *angles: used.append(angles) or original(x, *angles))
+    model, positions = random_model(), torch.arange(200, 204)[None]
+    for _ in range(2):
+        model(random_ids(1, 4), positions)
+        model.bfloat16()
+    exact, halved = used[0], used[-1]
+    for ours, theirs in zip(halved, exact, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(theirs.bfloat16().float(), theirs)  # rounding would have shown
 
 
 def test_halving_the_model_does_not_round_the_rotary_frequencies():

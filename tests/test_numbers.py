@@ -74,6 +74,15 @@ from data.numbers import MAX_DIGITS, last_number, read_number
         ("5-million", None, "5"),
         ("1" + " million" * 4, None, str(10**18)),  # at most three scales: a value stays small
         *((text, None, "5") for text in ("5k", "$5M", "5x", "5th", r"5\pi", "5π", "5²", "5 squared", "twice 5", "5½")),
+        *((text, None, "5") for text in ("x >= 5", "x <= 5", "x != 5")),  # no working that ends in = 5
+        *((text, None, "5") for text in ("sqrt(5)", "f(5)", r"5\sqrt{x}", "the root of 5", "triple 5")),
+        *((text, None, "5") for text in ("5 hundredths", "5 millionths", "5 fifths", "5 tenths", "5 crore")),
+        *((text, "5", "5") for text in ("**Answer:** 5", r"\text{Total: }5", "[5]", "{5}", '"5"', "x ≈ 5", "It’s 5")),
+        *(
+            (text, "5", "5")
+            for text in ("\ufeff5", "\u200b5 apples", "5 apple(s)", "5 roots", r"5^\circ", r"5^{\circ}", "Total (5)")
+        ),
+        (r"2 \frac13", "7/3", "7/3"),
         (r"$\boxed{42}$", "42", "42"),
         (r"\(42\)", "42", "42"),
         ("€1.5", "3/2", "3/2"),
@@ -106,7 +115,7 @@ def test_every_fraction_is_read_back(value):
 
 
 PIECES = ["9", "9,", ",999", "-", "$", " ", "1 ", "1/", "1 1/", "1e", "10^", "x10^", r"\frac{1", r"\frac1", "m^", "{,}"]
-PIECES += ["million ", "1 million ", "=", "−", "a", "'", "*", r"\boxed{", "9.9", "1 m^2 "]
+PIECES += ["million ", "1 million ", "=", "−", "a", "'", "*", r"\boxed{", "9.9", "1 m^2 ", "f(", "~[", '"', "!="]
 
 
 @pytest.mark.parametrize("piece", PIECES)

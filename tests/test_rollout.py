@@ -6,6 +6,7 @@ from a full forward without a cache.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -18,11 +19,23 @@ import torch
 import transformers
 from test_model import randomise
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rollout
 from data.tokenizer import train_tokenizer
 from model import ModelConfig, Transformer
-from rollout import Rollout, Sampler, SamplingParams, generate, length_buckets, sample_tokens, token_distribution
+from rollout import (
+    Rollout,
+    Sampler,
+    SamplingParams,
+    generate,
+    graphs_wanted,
+    length_buckets,
+    resolve_device,
+    sample_tokens,
+    token_distribution,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
@@ -470,8 +483,54 @@ def test_buffers_that_are_used_again_hold_nothing_of_the_last_rollout():
     assert next(iter(samplers.values())) is kept
     assert_same_rollout(again, generate(model, others, params, **options, generator=seeded(6)))
     assert_same_rollout(sampled(model, samplers=samplers), first)
-    generate(model, others[:1], params, generator=seeded(6), samplers=samplers)
-    assert kept not in samplers.values(), "two caches must not be held for two sizes"
+
+
+def test_larger_buffers_serve_a_smaller_rollout_and_change_nothing():
+    model, samplers = random_model(seed=3, max_position_embeddings=400), {}
+    params = SamplingParams(20, stop_token_ids=STOPS)
+    generate(model, [list(range(60)) * 4], params, group_size=30, samplers=samplers)  # of 384 slots
+    (large,) = samplers.values()
+    assert sampled(model, samplers=samplers) == sampled(model)
+    assert list(samplers.values()) == [large]
+
+
+@pytest.mark.parametrize("other", ["model", "params", "rows", "slots", "limit"])
+def test_buffers_that_do_not_serve_are_given_up(other):
+    model, samplers = random_model(seed=3, max_position_embeddings=400), {}
+    params, options = SamplingParams(20, stop_token_ids=STOPS), {"group_size": 4, "samplers": samplers}
+    generate(model, PROMPTS, params, generator=seeded(5), **options)
+    (kept,) = samplers.values()
+    changed = {
+        "model": {"model": random_model(seed=4)},
+        "params": {"params": SamplingParams(20)},
+        "rows": {"group_size": 5},
+        "slots": {"prompts": [*PROMPTS[1:], [1] * 120]},
+        "limit": {"memory_limit": kept.cache.bytes // 2},
+    }[other]
+    call = {"model": model, "prompts": PROMPTS, "params": params} | options | changed
+    found = generate(**call, generator=seeded(5))
+    assert_same_rollout(found, generate(**call | {"samplers": None}, generator=seeded(5)))
+    assert kept not in samplers.values()
+    assert len(samplers) == 1, "two caches must not be held for two sizes"
+
+
+def test_the_rows_that_fitted_are_remembered_after_an_out_of_memory_error(monkeypatch):
+    model, samplers, run, sizes = random_model(seed=3), {}, Sampler.run, []
+    exact = sampled(model)
+
+    def room_for_six(self, prompts, *args):
+        sizes.append(len(prompts))
+        if len(prompts) > 6:
+            raise torch.OutOfMemoryError("none left")
+        return run(self, prompts, *args)
+
+    monkeypatch.setattr(Sampler, "run", room_for_six)
+    assert_same_rollout(sampled(model, samplers=samplers), exact)
+    assert sizes == [20, 10, 5, 5, 5, 5]
+    sizes.clear()
+    assert_same_rollout(sampled(model, samplers=samplers), exact)
+    generate(model, PROMPTS * 4, greedy(2), samplers=samplers)  # new buffers, the same memory
+    assert sizes == [5] * 8
 
 
 def test_the_memory_of_buffers_that_are_kept_counts_as_free(monkeypatch):
@@ -485,7 +544,22 @@ def test_the_memory_of_buffers_that_are_kept_counts_as_free(monkeypatch):
     free["bytes"] -= kept.cache.bytes
     assert sampled(model, samplers=samplers) == first
     assert first.chunks == 2
+    free["bytes"] = 0  # others have taken what was left: what is held fits all the same
+    assert sampled(model, samplers=samplers) == first
     assert list(samplers.values()) == [kept]
+
+
+def test_what_a_model_without_probabilities_left_in_the_cache_is_not_read_again():
+    """A slot that no token may attend to has weight 0, and 0 * NaN is NaN."""
+    model, samplers = random_model(seed=3), {}
+    exact = sampled(model)
+    weight = model.model["layers"][0].self_attn.v_proj.weight
+    with torch.no_grad():
+        kept = weight.clone()
+        weight.fill_(torch.nan)
+        assert math.isnan(sampled(model, samplers=samplers).logprobs[0][-1])
+        weight.copy_(kept)
+    assert_same_rollout(sampled(model, samplers=samplers), exact)
 
 
 def test_steps_of_the_size_of_a_graph_give_what_steps_of_the_exact_size_give(monkeypatch):
@@ -502,6 +576,45 @@ def test_steps_of_the_size_of_a_graph_give_what_steps_of_the_exact_size_give(mon
     monkeypatch.setattr(Sampler, "_advance", advance)
     assert_same_rollout(sampled(model), exact)
     assert any(rows < recorded for rows, recorded in sizes)
+
+
+def test_rows_beyond_a_last_chunk_that_is_not_full_stay_inside_the_cache(monkeypatch):
+    """A graph advances them too, and their prompts of the chunk before are longer than the slots now in use."""
+    model, params = random_model(seed=3, max_position_embeddings=200), SamplingParams(20, stop_token_ids=STOPS)
+    prompts = [[i, *range(50), *range(50), *range(29)] for i in range(5)] + [[i] for i in range(4)]
+    exact = generate(model, prompts, params, generator=seeded(5))
+    monkeypatch.setattr(Sampler, "_advance", lambda self, rows, slots: self._step(*self.bucket(rows, slots)))
+    limit = 5 * Sampler(model, params, 1, 256).cache.bytes + 1
+    parts = generate(model, prompts, params, generator=seeded(5), memory_limit=limit)
+    assert parts.chunks == 2  # of 5 rows and of 4
+    assert_same_rollout(parts, exact)
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises where an operation reads or makes a tensor on another device: a copy that no graph can hold."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.device.type == self.device, f"{function} has a tensor on {tensor.device}"
+        return out
+
+
+@pytest.mark.parametrize("drawing", [{}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}, {"temperature": 0.0}], ids=str)
+@torch.no_grad()
+def test_all_of_a_step_is_on_the_models_device(drawing):
+    """A device without data, where no operation can look at a value either."""
+    ends = {"stop_token_ids": (1, 2), "stop_sequences": ((5, 6), (7, 8, 9))}
+    model = random_model().to("meta")
+    model.frequencies = model.frequencies.to("meta")  # as reading the prompts leaves it
+    sampler = Sampler(model, SamplingParams(8, **drawing, **ends), 16, 128)
+    with OneDevice("meta"):
+        sampler._step(8, 128)
 
 
 def test_graph_sizes_are_few_and_fit():
@@ -566,23 +679,149 @@ def test_a_large_model_takes_the_short_cuts_and_draws_from_the_same_distribution
         assert logprobs == pytest.approx(score.gather(-1, torch.tensor(row)[:, None])[:, 0].tolist(), abs=1e-4)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graphs_give_what_plain_steps_give(dtype, monkeypatch):
+@pytest.mark.parametrize(("name", "cudnn"), [("cuda", False), ("cpu", True)])
+def test_choosing_a_gpu_turns_cudnn_attention_off(name, cudnn, monkeypatch):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # what finds out whether the device is there
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert resolve_device(name) == torch.device(name)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is cudnn
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_the_environment_turns_graphs_off(monkeypatch):
+    monkeypatch.delenv("SASR_CUDA_GRAPHS", raising=False)
+    assert graphs_wanted(torch.device("cuda"))
+    assert not graphs_wanted(torch.device("cpu"))
+    monkeypatch.setenv("SASR_CUDA_GRAPHS", "0")
+    assert not graphs_wanted(torch.device("cuda"))
+    monkeypatch.setenv("SASR_CUDA_GRAPHS", "off")
+    with pytest.raises(ValueError, match="SASR_CUDA_GRAPHS 'off': must be 0"):
+        sampled(random_model())
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """As if there were a card: steps are to be recorded."""
+    monkeypatch.setenv("SASR_CUDA_GRAPHS", "1")  # and back as it was, after a test that turns it off
+    wanted = rollout.graphs_wanted
+    monkeypatch.setattr(rollout, "graphs_wanted", lambda device: wanted(torch.device("cuda")))
+
+
+def test_a_recording_that_fails_falls_back_to_plain_steps_with_one_line(recording, monkeypatch, capsys):
+    model, samplers = random_model(seed=3), {}
+    with monkeypatch.context() as patch:
+        patch.setenv("SASR_CUDA_GRAPHS", "0")
+        exact = sampled(model)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: torch.zeros(1) @ torch.zeros(2))  # raises RuntimeError
+    assert_same_rollout(sampled(model, samplers=samplers), exact)
+    assert_same_rollout(sampled(model, samplers=samplers), exact)
+    assert_same_rollout(sampled(model), exact)  # another sampler does not try again
+    error = capsys.readouterr().err
+    assert error.startswith("CUDA graphs are off, which is slower: ")
+    assert error.count("\n") == 1
+
+
+def test_the_line_names_what_broke_a_recording_not_how_it_ended(recording, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        try:
+            raise RuntimeError("waits for the device")
+        finally:
+            raise RuntimeError("due to a previous error")
+
+    model = random_model(seed=3)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    sampled(model)
+    assert capsys.readouterr().err == "CUDA graphs are off, which is slower: waits for the device\n"
+
+
+def test_a_recording_that_runs_out_of_memory_halves_the_rows(recording, monkeypatch, capsys):
+    model, errors = random_model(seed=3), [RuntimeError("no card"), torch.OutOfMemoryError("none left")]
+    with monkeypatch.context() as patch:
+        patch.setenv("SASR_CUDA_GRAPHS", "0")
+        exact = sampled(model)
+
+    def record():
+        raise errors.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
+    found = sampled(model)
+    assert found.chunks == 2
+    assert_same_rollout(found, exact)
+    assert capsys.readouterr().err == "CUDA graphs are off, which is slower: no card\n"
+
+
+@pytest.fixture
+def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    model = random_model(seed=3).to("cuda", dtype)
+    return resolve_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_give_what_plain_steps_give(dtype, cuda, monkeypatch):
+    model = random_model(seed=3).to(cuda, dtype)
     samplers: dict = {}
-    replayed = [sampled(model, samplers=samplers) for _ in range(3)]  # as it is, recorded, replayed
-    assert any(graph is not None for graph in next(iter(samplers.values())).graphs.values())
+    replayed = [sampled(model, samplers=samplers) for _ in range(3)]  # recorded in the first, after a plain step
+    assert next(iter(samplers.values())).graphs
     assert replayed[1] == replayed[2]
-    monkeypatch.setattr(Sampler, "_advance", lambda self, rows, slots: self._step(*self.bucket(rows, slots)))
-    plain = sampled(model)
+
+    def plain() -> Rollout:
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "_advance", lambda self, rows, slots: self._step(*self.bucket(rows, slots)))
+            return sampled(model)
+
+    before = plain()
     for found in replayed:
-        assert found.completions == plain.completions
+        assert found.completions == before.completions
     with torch.no_grad():  # weights that were changed in place are those the graphs read
         model.head.mul_(-1)
-    assert sampled(model, samplers=samplers).completions == sampled(model).completions != plain.completions
+    assert sampled(model, samplers=samplers).completions == plain().completions != before.completions
+
+
+@pytest.mark.gpu
+def test_a_recording_that_fails_leaves_the_stream_and_plain_steps(cuda, monkeypatch, capsys):
+    model, step = random_model(seed=3).to(cuda), Sampler._step  # fp32: sizes change no token
+    stream = torch.cuda.current_stream()
+
+    def waits(self, rows, slots):
+        if torch.cuda.is_current_stream_capturing():
+            self.active.sum().item()  # a recording may not wait for the device
+        step(self, rows, slots)
+
+    monkeypatch.setenv("SASR_CUDA_GRAPHS", "0")
+    samplers: dict = {}
+    plain = sampled(model, samplers=samplers)
+    assert not next(iter(samplers.values())).graphs
+    monkeypatch.setenv("SASR_CUDA_GRAPHS", "1")
+    monkeypatch.setattr(Sampler, "_step", waits)
+    found = sampled(model)
+    error = capsys.readouterr().err
+    assert error.count("CUDA graphs are off") == 1
+    assert "previous error" not in error  # that of the recording's end, which says nothing of the cause
+    assert torch.cuda.current_stream() == stream
+    assert found.completions == plain.completions
+
+
+@pytest.mark.gpu
+def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(cuda):
+    model = random_model("qwen2", hidden_size=512, vocab_size=1000).to(cuda, torch.bfloat16)
+    hidden = torch.randn(3, 5, 512, generator=seeded(0)).to(cuda, torch.bfloat16)
+    exact = hidden.double() @ model.head.double().t()  # [3, 5, 1000]
+    with torch.no_grad():
+        found = model.logits(hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=1e-5)
+    rounded = model.logits(hidden)  # with gradients, which the product in fp32 does not have
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.double() - exact).abs().max() > 0.01
 
 
 # ----------------------------------------------------------------------------- errors
@@ -670,6 +909,17 @@ def test_the_command_line_says_in_one_line_that_the_directory_is_missing(tmp_pat
     assert done.err.startswith("rollout.py: ")
     assert str(missing) in done.err
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_the_command_line_samples_in_bf16_on_a_gpu_as_runs_do(device, dtype, checkpoint, monkeypatch, capsys):
+    def load(path, **options):
+        raise ValueError(f"loading with {options}")
+
+    monkeypatch.setattr(rollout, "resolve_device", torch.device)
+    monkeypatch.setattr(Transformer, "from_pretrained", load)
+    assert rollout.main(["--model", str(checkpoint), "--device", device, "--prompt", "x"]) == 2
+    assert f"loading with {{'dtype': {dtype}, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

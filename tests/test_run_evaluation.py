@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_sasr import ragged_batch, tiny_model, tokens_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -30,14 +31,15 @@ import run.memory
 import run.setup
 import sasr
 from data import Example, Grade, Task
+from data.batch import Batch, micro_batches
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, completion_hidden
 from rollout import Rollout
 from run.checkpoint import save_model
 from run.config import PRESETS
 from run.evaluation import kl_to_reference
-from run.memory import activation_bytes, memory_plan
+from run.memory import activation_bytes, attention_bias_bytes, memory_plan
 from run.report import Progress, dropped_report, headline
 from run.setup import Setup
 from sasr import Config, Trainer
@@ -767,6 +769,15 @@ def test_what_asks_for_more_is_not_planned_with_less(checkpoint, long_records, t
         assert cuda_plan(model, long_records, **changes)["peak"] <= least, changes
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_on_cuda_the_plan_has_the_copies_in_bf16_that_autocast_keeps_while_it_reads(checkpointing):
+    shape = ModelConfig(99, 64, 160, 5, 4, 2, 24, 512, tie_word_embeddings=True)
+    matrices = {n: p.numel() for n, p in Transformer(shape).named_parameters() if p.dim() == 2}
+    head = matrices.pop("model.embed_tokens.weight")
+    planned = activation_bytes(shape, 1, checkpointing, cuda=True)
+    assert planned > 2 * sum(matrices.values()) + (2 + 4) * head  # and the gradient of the head in fp32
+
+
 def saved_bytes(shape, batch, time, checkpointing):
     """Bytes of the distinct storages that autograd keeps of a forward pass, parameters aside."""
     model = Transformer(shape)
@@ -801,6 +812,21 @@ def test_each_layer_saves_what_the_plan_says(kind, key_values, checkpointing):
             )
         )
         assert planned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("prompt", [3, 9])
+def test_the_bias_that_all_layers_share_is_as_large_as_planned(prompt, monkeypatch):
+    shape, rows, time = ModelConfig(99, 64, 160, 3, 4, 2, 24, 512), 6, 5
+    used, original = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: used.append(k.get("attn_mask")) or original(*a, **k)
+    )
+    completions = [[1] * (time + 1)] * rows  # the last token is not read
+    (micro,) = micro_batches(Batch([[2] * prompt] * rows, completions), 1000, torch.device("cpu"))
+    completion_hidden(Transformer(shape), micro)
+    storages = {bias.untyped_storage().data_ptr(): bias.untyped_storage().nbytes() for bias in used if bias is not None}
+    assert list(storages.values()) == [attention_bias_bytes(shape, rows * time, prompt + time, cuda=False)]
+    assert attention_bias_bytes(shape, rows * time, prompt + time, cuda=True) == sum(storages.values()) / 2
 
 
 def planned_and_measured(**changes):

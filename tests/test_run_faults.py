@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_rollout import PROMPTS, random_model
 from test_run import begin, config, lines, weights
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rollout
 import run.checkpoint
@@ -482,6 +485,72 @@ def test_out_of_memory_with_a_single_sequence_is_an_error(tmp_path, monkeypatch)
         trainer.step()
 
 
+class NewStorages(TorchDispatchMode):
+    """Refers weakly to the memory of every tensor that an operation returns within."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.references = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self.references.append(StorageWeakRef(tensor.untyped_storage()))
+        return found
+
+    def alive(self, patience=5.0):
+        """How many are left, after some seconds: what belongs to a thread goes a moment after it is joined."""
+        deadline = time.monotonic() + patience
+        while True:
+            gc.collect()
+            left = sum(not reference.expired() for reference in self.references)
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("call", [2, 0, 3])
+def test_after_out_of_memory_nothing_of_the_gradient_stays_in_memory(call):
+    """A circle through autograd is out of gc's sight: the retry would have that much less.
+
+    Memory runs out in a call of the first layer's MLP (prompts, completions, in backward again: completions, prompts),
+    or, where the call is 0, as backward begins.
+    """
+    model, calls, failed = random_model(), [], []
+    model.gradient_checkpointing = True
+    batch = Batch([[1, 2, 3]] * 4 + [[4, 5]] * 4, [[5, 6, 7, 8]] * 8)
+
+    def fail(at):
+        if at == call:
+            failed.append(at)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def objective(batch, micro, logprobs, *_):
+        logprobs.register_hook(lambda _: fail(0))
+        return logprobs.sum(), {}
+
+    def count_calls(*_):
+        calls.append(1)
+        fail(len(calls))
+
+    def attempt():
+        with storages, contextlib.suppress(torch.OutOfMemoryError):
+            sasr.accumulate_gradient(model, batch, objective, sasr.Config(), 1000)
+
+    model.model["layers"][0].mlp.register_forward_pre_hook(count_calls)
+    storages = NewStorages(model)
+    # On a CPU what autograd had ready to run waits in a queue of the thread; that of a CUDA device is emptied at once.
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    model.zero_grad()  # what backward had got to, which the next attempt begins by dropping
+    assert failed == [call]
+    assert len(storages.references) > 50
+    assert storages.alive() == 0
+
+
 def test_out_of_memory_in_the_rollout_shrinks_the_chunk_and_draws_the_same(monkeypatch):
     model, params = random_model(), rollout.SamplingParams(12)
     expected = rollout.generate(model, PROMPTS, params, group_size=4, generator=torch.Generator().manual_seed(3))
@@ -704,6 +773,11 @@ GRADED = "from data import Example\nfrom data.task import Grade\n"
         ),
         ({"data/mine.py": "MARK = 7"}, "from data.mine import MARK\ndef reward(c, e): return MARK"),
         ({"data/mine.py": "MARK = 7"}, "def reward(c, e):\n    from data.mine import MARK\n    return MARK"),
+        (
+            {"data/train.jsonl": "{}", "data/make.py": "MARK = 7"},  # records and what made them
+            "from data.task import Grade\nfrom data import gsm8k\nfrom data.make import MARK\n"
+            "def reward(c, e): return Grade(MARK, True, gsm8k.strict_number('#### 7') == 7)",
+        ),
         ({"kernels/mine.py": "MARK = 7"}, "def reward(c, e):\n    from kernels.mine import MARK\n    return MARK"),
         ({"run.py": "MARK = 7"}, "import run\ndef reward(c, e): return run.MARK"),
         ({"model.py": "MARK = 7"}, "def reward(c, e):\n    import model\n    return model.MARK"),
@@ -902,11 +976,70 @@ def test_an_empty_demonstration_teaches_to_stop(tmp_path):
     assert 0 < stats["grad_norm"] < math.inf
 
 
-def test_the_same_seed_gives_the_same_bits_with_deterministic_algorithms(tmp_path):
+@pytest.fixture
+def determinism_put_back():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def determinism():
+    """Off, or what is done about an operation that has no deterministic form."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return ("warns" if warns else "refuses") if torch.are_deterministic_algorithms_enabled() else "off"
+
+
+def test_the_same_seed_gives_the_same_bits_with_deterministic_algorithms(tmp_path, determinism_put_back):
     for name in "ab":
         sasr.train(config(tmp_path / name, deterministic=True, steps=4, warmup_steps=2))
-    torch.use_deterministic_algorithms(False)
     same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_gradients_are_strictly_deterministic(deterministic, tmp_path, monkeypatch, determinism_put_back):
+    """The sampler's cumulative sums have no deterministic form on CUDA, and a warning does not change attention's."""
+    modes = {"sampling": set(), "forward": set(), "backward": set()}
+    logprobs, step = sasr.completion_logprobs, rollout.Sampler._step
+
+    def forward(model, *args):
+        modes["forward"].add(determinism())
+        found = logprobs(model, *args)
+        found[0].register_hook(lambda _: modes["backward"].add(determinism()))
+        return found
+
+    monkeypatch.setattr(sasr, "completion_logprobs", forward)
+    monkeypatch.setattr(rollout.Sampler, "_step", lambda *args: modes["sampling"].add(determinism()) or step(*args))
+    sasr.train(config(tmp_path / "x", deterministic=deterministic, controller="grpo", steps=2, warmup_steps=1))
+    strict, lenient = ({"refuses"}, {"warns"}) if deterministic else ({"off"}, {"off"})
+    assert modes == {"sampling": lenient, "forward": strict, "backward": strict}
+
+
+def test_after_an_error_in_the_gradient_sampling_is_lenient_again(tmp_path, monkeypatch, determinism_put_back):
+    trainer = sasr.Trainer(config(tmp_path / "x", deterministic=True))
+    monkeypatch.setattr(sasr, "completion_logprobs", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.step()
+    assert determinism() == "warns"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_equal_steps_on_a_card_have_the_same_gradients_to_the_bit(checkpointing, tmp_path, determinism_put_back):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    gradients = []
+    for name in "ab":
+        changes = {"deterministic": True, "device": "cuda", "gradient_checkpointing": checkpointing}
+        trainer = sasr.Trainer(config(tmp_path / name, **changes))
+        generator = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(40, (n,), generator=generator).tolist() for n in (70, 33, 5)]
+        completions = [torch.randint(40, (n,), generator=generator).tolist() for n in (300, 201, 17) * 8]
+        batch = Batch([prompt for prompt in prompts for _ in range(8)], completions)
+        for kind in (batch, Batch(prompts, completions[:3])):  # with prompts that are shared, and sequences read whole
+            sasr.accumulate_gradient(trainer.model, kind, sasr.sft_objective, trainer.config, 10_000)
+            gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+    for first, again in zip(gradients[:2], gradients[2:], strict=True):
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in first.values())
 
 
 def test_a_run_that_goes_on_has_no_summary_until_it_is_finished_again(tmp_path, monkeypatch):

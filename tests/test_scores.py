@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Example, Grade, Task
-from data.scores import bootstrap_interval, pass_at_k, scores_of
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
+from run.scores import bootstrap_interval, pass_at_k, scores_of
 
 RIGHT, WRONG = Grade(1.0, correct=True, well_formed=True), Grade(0.0, correct=False, well_formed=True)
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
+import rollout
 import sasr
 from data.tokenizer import Codec
 from model import ModelConfig, Transformer
@@ -171,6 +172,23 @@ def test_an_end_of_turn_in_plain_text_ends_completions_as_a_sequence(ends, tmp_p
     assert made.notes[0] in capsys.readouterr().err
 
 
+def test_a_streamed_answer_shows_nothing_of_an_end_in_plain_text(tmp_path, monkeypatch, capsys):
+    model = write_checkpoint(tmp_path / "m", template=TURNS.replace("END", "### END"))
+    codec = Codec.from_pretrained(model, prompt_format="chat")
+    completion = [*codec.encode("42 # ##"), *codec.stop_sequence]
+
+    def generate(*args, on_token, **kwargs):
+        for length in range(1, len(completion) + 1):
+            on_token([completion[:length]])
+        return rollout.Rollout([completion], [[0.0] * len(completion)], [True], 1)
+
+    monkeypatch.setattr(rollout, "generate", generate)
+    params = rollout.SamplingParams(40, stop_sequences=(codec.stop_sequence,))
+    messages = [{"role": "user", "content": "What is 6 * 7?"}]
+    assert rollout.answer(None, codec, messages, params, None, 1) == ["42 # ##"]
+    assert capsys.readouterr().out.startswith("42 # ##\n--- ")
+
+
 def test_raw_prompts_end_in_no_stop_token_and_begin_with_one_bos(tmp_path, records):
     """Some tokenizers put EOS behind every text."""
     model = write_checkpoint(tmp_path / "m", special=("<s>", "</s>"), eos="</s>", around="<s> $A </s>")
@@ -261,6 +279,14 @@ def test_a_thought_that_no_demonstration_closes_is_told_with_the_flag_that_helps
     (tmp_path / "mine.py").write_text("def f(text, example):\n    return 0\n")
     made = setup(model, records(record("<answer>42</answer>")), reward=f"{tmp_path / 'mine.py'}:f")
     assert f"prompts open a <think> that demonstrations do not close; {fix} opens none" in made.notes
+
+
+def test_a_thought_left_open_by_demonstrations_that_are_not_learnt_refuses_no_run(tmp_path, records):
+    model = write_checkpoint(tmp_path / "m", template=OPENS, special=("<|im_end|>",))
+    data = records(record("6 * 7 = 42.\n<answer>42</answer>"))
+    assert setup(model, data, warmup_steps=0, controller="grpo").task.worked
+    with pytest.raises(ValueError, match="not one of 1 demonstrations is graded as right"):
+        setup(model, data, warmup_steps=1, controller="grpo")
 
 
 def test_template_args_reach_the_template_and_are_kept(tmp_path, records, capsys):

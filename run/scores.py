@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .task import Example, Grade
+from data.task import Example, Grade
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

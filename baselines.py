@@ -6,7 +6,7 @@ one, write such a function and name it in SCHEDULES: `--controller` then offers 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 Schedule = Callable[[int], float]  # t -> p_t
 
@@ -54,16 +54,16 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def may_choose_sft(config) -> bool:
-    """Whether any step of the adaptive stage can be an SFT step. Only a schedule is known beforehand."""
-    if config.controller not in SCHEDULES:
-        return config.steps > 0
-    p = SCHEDULES[config.controller](config)
-    return any(p(t) > 0 for t in range(config.steps))
+    """Whether any step of the adaptive stage can be an SFT step."""
+    return any(p > 0 for p in possible_p(config))
 
 
 def may_choose_grpo(config) -> bool:
     """Whether any step of the adaptive stage can be a GRPO step."""
-    if config.controller not in SCHEDULES:
-        return config.steps > 0
-    p = SCHEDULES[config.controller](config)
-    return any(p(t) < 1 for t in range(config.steps))
+    return any(p < 1 for p in possible_p(config))
+
+
+def possible_p(config) -> Iterator[float]:
+    """p_t of each adaptive step of a schedule; where the norms decide, 1/2 for all that may come."""
+    schedule = SCHEDULES[config.controller](config) if config.controller in SCHEDULES else lambda t: 0.5
+    return map(schedule, range(config.steps))

@@ -471,8 +471,8 @@ def sample(trainer: Trainer, prompts: list[list[int]], attempt: int = 0) -> Roll
     """A group of completions for each prompt, from the policy as it is now; others at each attempt of a step."""
     config = trainer.config
     refresh_sampler(trainer)
-    seed = int(rng_for(config.seed, "samples", trainer.state.step).integers(2**63, size=attempt + 1)[-1])
-    generator = torch.Generator(trainer.device).manual_seed(seed)
+    seeds = rng_for(config.seed, "samples", trainer.state.step).integers(2**63, size=attempt + 1)  # one an attempt
+    generator = torch.Generator(trainer.device).manual_seed(int(seeds[-1]))
     memory = {"memory_limit": int(1e9 * config.rollout_memory), "samplers": trainer.samplers}
     draw = {"group_size": config.group_size, "generator": generator}
     rollout = generate(trainer.sampler, prompts, trainer.sampling, **draw, **memory)

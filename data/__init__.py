@@ -71,7 +71,7 @@ def load_task(
         raise ValueError(f"{path}: {what}; it should have train.jsonl and test.jsonl: {module.PUBLISHED}")
     if not train and not test:
         raise ValueError(lacking)
-    task = Task(name, train, test, with_options(module.grade), tuple(skipped))
+    task = Task(name, train, test, with_options(module.grade), tuple(skipped), options)
     task.grade("", (train + test)[0])  # a bad option of the verifier is an error now, not at the first step
     return task
 

@@ -6,8 +6,7 @@ The prompt and the demonstration go to the model as they are. `verifier` is how 
 answer; "there" is inside the last pair <answer> ... </answer>, or in all of a completion that has no such tag.
 
     exact      the text there is the answer, blanks around both aside
-    numeric    the number inside the tags, or the last one of a completion without, has the answer's value: 18, 18.00,
-               $18 and 36/2 are one number (`numbers.py`)
+    numeric    the number in the tags, or the last one where there are none, is the answer: 18.00 is 36/2 (`numbers.py`)
     regex      the answer is a regular expression, and it matches somewhere in the completion
     math       the last \\boxed{...} of the completion is the answer, as in the task "math"
 """

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -49,6 +49,7 @@ class Task:
     test: list[Example]
     verify: Callable[[str, Example], Grade]
     skipped: tuple[str, ...] = ()  # why each bad record was left out, where the user asked for that
+    options: dict = field(default_factory=dict)  # that it was loaded with
 
     def grade(self, completion: str, example: Example) -> Grade:
         """Score the text of a completion (without its prompt). Never raises on bad text: that is a wrong answer."""

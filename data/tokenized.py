@@ -51,7 +51,7 @@ class TokenizedTask:
         self.train = [task.train[i] for i in kept]
         self.train_prompts = [prompts[i] for i in kept]
         self.worked = [example for example, pair in zip(worked, demonstrations, strict=True) if fits(*pair)]
-        self.demonstrations = [pair for pair in demonstrations if fits(*pair)]  # of these examples
+        self.demonstrations = [pair for pair in demonstrations if fits(*pair)]  # of these; the limit is lower by now
         dropped = len(demonstrations) - len(self.demonstrations)
         self.dropped = {"prompts": len(prompts) - len(kept), "demonstrations": dropped}
         self._shortest_prompt = min(map(len, prompts), default=0)

@@ -217,13 +217,13 @@ def default_out(config: RunConfig, kind: str) -> str:
 # ----------------------------------------------------------------------------- saving and restoring a trainer
 
 
-def save(trainer, folder: RunFolder, made_of: dict[str, str]) -> None:
+def save(trainer, folder: RunFolder, fingerprint: dict[str, str]) -> None:
     """The model first: a run whose last checkpoint says that it has finished has its last model, too."""
     folder.replace_folder("model", partial(save_model, trainer))
     state = dataclasses.asdict(trainer.state)
     state["unlogged"] = state.pop("pending")  # its name in files
     config = dataclasses.asdict(trainer.config)
-    saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": made_of}
+    saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": fingerprint}
     folder.save_checkpoint(named_tensors(trainer), saved | {"config": config, "config_hash": trainer.config.hash()})
 
 
@@ -245,7 +245,7 @@ def named_tensors(trainer) -> dict[str, Tensor]:
     return named
 
 
-def fingerprint(trainer) -> dict[str, str]:
+def fingerprint_of(trainer) -> dict[str, str]:
     """SHA-256 of all that goes into the steps, by kind; causes stand before their effects."""
     codec, chat, reward = trainer.codec, trainer.codec.chat, path_in("reward", trainer.config.reward)
     trained = dict.fromkeys((trainer.task, trainer.warmup_task))  # often the same
@@ -306,9 +306,9 @@ def read_state(checkpoint: Checkpoint, state_class: type):
 
 
 @torch.no_grad()
-def restore(trainer, checkpoint: Checkpoint, state, made_of: dict[str, str]) -> None:
+def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str]) -> None:
     """Take up a checkpoint and its state. Raises ValueError or KeyError naming what does not fit."""
-    check_fingerprint(trainer, checkpoint.state["fingerprint"], made_of)
+    check_fingerprint(trainer, checkpoint.state["fingerprint"], fingerprint)
     saved = checkpoint.tensors()
     if any(name.startswith("reference.") for name in saved):
         trainer.freeze_reference()

@@ -45,7 +45,8 @@ def diagnose(records: list[dict], summary: dict) -> list[str]:
     agreeing = mean(late, "zero_variance_fraction")
     if agreeing > MAX_WITHOUT_SIGNAL:
         right, wrong = mean(late, "all_right_fraction"), mean(late, "all_wrong_fraction")
-        shares = f" ({right:.0%} are all right, {wrong:.0%} all wrong)" if right + wrong >= 0 else ""
+        told = not math.isnan(right + wrong)  # not by earlier versions
+        shares = f" ({right:.0%} are all right, {wrong:.0%} all wrong)" if told else ""
         advice = "a harder --task" if right > wrong else "more --warmup-steps"
         lines.append(f"{agreeing:.0%} of groups have no signal{shares}: {advice}, or a larger --resample-groups")
     if sasr and enough and not grpo_steps:

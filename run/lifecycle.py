@@ -30,7 +30,7 @@ from data.files import one_line, read_json
 from data.isolated import VerifierFailed
 from model import resolve_checkpoint
 
-from .checkpoint import Checkpoint, RunFolder, default_out, fingerprint, read_state, restore, save, save_model
+from .checkpoint import Checkpoint, RunFolder, default_out, fingerprint_of, read_state, restore, save, save_model
 from .config import RunConfig, check_resume, flag_name, path_in, today
 from .diagnosis import diagnose
 from .report import headline, progress_line, say, summarise
@@ -50,10 +50,10 @@ class Run:
     @contextlib.contextmanager
     def begin(self, trainer) -> Iterator[None]:
         """Take up the checkpoint, if there is one; then heed signals and show progress until the run stops."""
-        self.trainer, self.made_of, folder = trainer, fingerprint(trainer), self.folder
+        self.trainer, self.fingerprint, folder = trainer, fingerprint_of(trainer), self.folder
         if self.checkpoint:
             with self.checkpoint.fits():
-                restore(trainer, self.checkpoint, self.state, self.made_of)
+                restore(trainer, self.checkpoint, self.state, self.fingerprint)
         if self.source not in (None, folder):
             self.checkpoint = self.source.branch_to(folder, self.checkpoint)
             self.source_lock.close()  # others may go on there
@@ -97,7 +97,7 @@ class Run:
         try:
             yield
         except (Stopped, RuntimeError):
-            save(self.trainer, self.folder, self.made_of)
+            save(self.trainer, self.folder, self.fingerprint)
             raise
 
     def log(self, scores: dict[str, float]) -> None:
@@ -116,7 +116,7 @@ class Run:
         step, every, signal_number = self.trainer.state.step, self.config.save_every, self.trainer.interrupt.signal
         last = step == self.config.total_steps
         if last or signal_number or (every and step % every == 0):
-            save(self.trainer, self.folder, self.made_of)
+            save(self.trainer, self.folder, self.fingerprint)
         if signal_number and not last:
             raise Stopped(signal_number)
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from baselines import may_choose_sft
-from data import OOD_TASKS, Task, generated_task, load_task_spec
+from data import OOD_TASKS, Task, generated_task, load_task, load_task_spec
 from data.isolated import IsolatedVerifier
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
@@ -126,27 +126,24 @@ def load_tasks(config: RunConfig) -> tuple[Task, Task, Task | None]:
         task = dataclasses.replace(task, verify=IsolatedVerifier(task.name, options, config.reward, **limits))
     warmup = generated_task("--warmup-task", config.warmup_task, config.seed) if config.warmup_task else task
     if config.ood_task in ("auto", "none"):
-        ood = harder_task(config) if config.ood_task == "auto" else None
+        ood = harder_task(config, task) if config.ood_task == "auto" else None
     else:
         ood = generated_task("--ood-task", config.ood_task, config.seed)
     return task, warmup, ood
 
 
-def harder_task(config: RunConfig) -> Task | None:
+def harder_task(config: RunConfig, task: Task) -> Task | None:
     """`--ood-task auto`: the task of `OOD_TASKS`, with the options of --task but those of size.
 
     None where --task is no generated one, has a verifier of the user's, is as hard itself, or has too few of the kind.
     """
-    name, _, given = config.task.partition(":")
-    if config.data or config.reward or name not in OOD_TASKS:
+    if config.data or config.reward or task.name not in OOD_TASKS:
         return None
-    options = dict(part.split("=", 1) for part in given.split(",") if part)
-    (key, value), sizes = OOD_TASKS[name], ("train_size", "test_size", "demonstrations")
-    if int(options.get(key, 0)) >= value:
+    (key, value), sizes = OOD_TASKS[task.name], ("train_size", "test_size", "demonstrations")
+    if task.options.get(key, 0) >= value:
         return None
-    options = {k: v for k, v in options.items() if k not in sizes} | {key: value, "train_size": 1}
-    spec = f"{name}:" + ",".join(f"{k}={v}" for k, v in options.items())
+    options = {k: v for k, v in task.options.items() if k not in sizes} | {key: value, "train_size": 1}
     try:
-        return generated_task("--ood-task", spec, config.seed)
+        return load_task(task.name, seed=config.seed, **options)
     except ValueError:  # `dropped_report` says that there is none
         return None

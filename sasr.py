@@ -29,8 +29,8 @@ both (`update`). The two norms in (1) are comparable because warm-up steps, SFT 
 `accumulate_gradient`: for one loss and batch size, per token of the batch, over all parameters, before clipping.
 
 Where the paper is silent or we depart from it:
-  * Which norm, smoothed or not, and gamma are options (`--warmup-norm`, `--current-norm`, `--gamma`). With
-    `--warmup-task`, G_warmup is that of another task, and p_t also tells how far the two tasks differ.
+  * Which norm, smoothed or not, and gamma are options (`--warmup-norm`, `--current-norm`, `--gamma`), and so is what
+    stands for the divergence: the norm, the SFT loss, or the KL to the policy at the end of the warm-up (`--signal`).
   * G_last_sft goes stale while GRPO steps run. Its age is logged, and `--probe-every` measures it anew.
   * The loss is a mean over the completion tokens of the whole batch (DAPO, arXiv 2503.14476), not of each sequence.
   * The standard deviation in (4) divides by the group's size, so that a group of one has advantage 0, not NaN.
@@ -39,7 +39,7 @@ Where the paper is silent or we depart from it:
   * Completions are sampled and scored at the same temperature, without top-k or top-p, so that both are the same
     distribution, up to the rounding of the sampler's bf16 copy on CUDA (`sampler_gap` in the metrics).
 
-From the loop down: configuration; the loop; who decides; SFT; GRPO; one update for both; optimizer; command line.
+From the loop down: configuration; the loop; who decides; SFT; GRPO; mixed steps; one update for all; optimizer; flags.
 """
 
 import contextlib
@@ -49,87 +49,76 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels
-from baselines import SCHEDULES, Schedule, may_choose_grpo, may_choose_sft
-from data import Grade
+from baselines import METHODS, SCHEDULES, Group, Sample, joined_objective, make_method, may_choose_sft
 from data.batch import Batch, MicroBatch, TokenBudget, default_max_tokens, micro_batches, rng_for, shuffled
 from data.tokenized import TokenizedTask
 from model import Transformer, completion_hidden
 from rollout import MIN_TEMPERATURE, Rollout, SamplingParams, generate
-from run.config import RunConfig, option, parse_command_line, resumable
-from run.evaluation import evaluate, evaluate_only
+from run.config import BaselineConfig, adaptive, option, parse_command_line, resumable
+from run.evaluation import evaluate, evaluate_only, kl_to_reference
 from run.lifecycle import Interrupt, Run, exit_code, new_run, resumed_run
 from run.memory import dry_run_report
-from run.report import Progress, closing_table
+from run.report import Progress, closing_table, measure_mixing, measure_rollout, rollout_fault
 from run.setup import Setup, strictly_deterministic
 
 # ============================================================================= configuration
 
 
 @dataclass
-class Config(RunConfig):
-    """The method's fields; those of any run are inherited. A field is a flag; `group` begins a group of --help."""
+class Config(BaselineConfig):
+    """SASR's fields; those of other methods and of any run are inherited. A field is a flag, `group` begins a group."""
 
     warmup_steps: int = option(250, "SFT steps before the adaptive stage", group="how long")
     steps: int = resumable(500, "steps of the adaptive stage, counted from its beginning also on --resume")
 
-    controller: str = option("sasr", "how p_t is chosen", choices=("sasr", *SCHEDULES), group="SFT or GRPO")
-    gamma: float = option(1.0, "sasr: weight of the warm-up norm in equation (1); larger means more GRPO")
-    warmup_norm: str = option(
-        "last", "sasr: G_warmup: last norm, mean of the last, EMA", choices=("last", "mean", "ema")
-    )
-    warmup_norm_window: int = option(20, "sasr: steps that --warmup-norm mean averages over", low=1)
-    current_norm: str = option("last", "sasr: G_last_sft: last SFT norm, or an EMA", choices=("last", "ema"))
-    norm_ema: float = option(0.9, "sasr: decay of both EMAs, per norm", high=1)
-    probe_every: int = option(0, "measure G_last_sft anew, without an update, once it is this many steps old; 0: off")
-    switch_step: int = option(0, "sft-then-grpo: adaptive step at which GRPO begins; 0: half-way")
-    alternate: str = option("1:1", "alternate: SFT steps : GRPO steps")
-    sft_fraction: float = option(0.5, "random: the constant p_t", high=1)
+    controller: str = adaptive("sasr", "how to mix them", choices=["sasr", *SCHEDULES, *METHODS], group="SFT or GRPO")
+    gamma: float = adaptive(1.0, "sasr: weight of the warm-up norm in equation (1); larger means more GRPO")
+    warmup_norm: str = adaptive("last", "sasr: G_warmup: last norm, mean of the last, EMA", choices="last mean ema")
+    warmup_norm_window: int = adaptive(20, "sasr: steps that --warmup-norm mean averages over", low=1)
+    current_norm: str = adaptive("last", "sasr: G_last_sft: last SFT norm, or an EMA", choices="last ema")
+    norm_ema: float = adaptive(0.9, "sasr: decay of both EMAs, per norm", high=1)
+    probe_every: int = adaptive(0, "measure G_last_sft anew, without an update, once it is this many steps old; 0: off")
+    signal: str = adaptive("norm", "sasr: what (1) compares: SFT norms, SFT losses, or KL", choices="norm loss kl")
+    kl_target: float = adaptive(0.05, "sasr, --signal kl: K of G_warmup, the KL in nats a token at which p_t is 1/2")
+    separate_moments: bool = adaptive(False, "Adam's moments of GRPO steps apart from those of other steps")
 
     sft_batch_size: int = option(32, "demonstrations per SFT step", low=1, group="SFT")
-    sft_loss: str = option("nll", "token weight: 1; dft: its probability (2508.05629)", choices=("nll", "dft"))
+    sft_loss: str = option("nll", "weight of a token: 1; dft: its probability p; phi: p (1 - p)", choices="nll dft phi")
 
-    prompts_per_step: int = option(8, "prompts per GRPO step", low=1, group="GRPO")
-    group_size: int = option(8, "completions per prompt", low=1)
-    resample_groups: int = option(0, "times to draw other prompts for groups without a signal (DAPO: 2503.14476)")
-    temperature: float = option(1.0, "of the samples; the loss scores the same distribution", low=MIN_TEMPERATURE)
-    advantage: str = option(
-        "zscore", "equation (4); centered: undivided; median: +1 or -1", choices=("zscore", "centered", "median")
+    prompts_per_step: int = adaptive(8, "prompts per GRPO step", low=1, group="GRPO")
+    group_size: int = adaptive(8, "completions per prompt", low=1)
+    demonstrated_share: float = adaptive(-1.0, "share of prompts with demonstrations; -1: as they come", low=-1, high=1)
+    resample_groups: int = adaptive(0, "times to draw other prompts for groups without a signal (DAPO: 2503.14476)")
+    temperature: float = adaptive(1.0, "of the samples; the loss scores the same distribution", low=MIN_TEMPERATURE)
+    advantage: str = adaptive("zscore", "(4); centered: undivided; median: +1 or -1", choices="zscore centered median")
+    advantage_eps: float = adaptive(1e-4, "eps of equation (4)")
+    loss_aggregation: str = adaptive(
+        "token-mean", "mean over tokens; over completions; constant divisor", choices="token-mean grpo dr_grpo"
     )
-    advantage_eps: float = option(1e-4, "eps of equation (4)")
-    loss_aggregation: str = option(
-        "token-mean", "mean over tokens; over completions; constant divisor", choices=("token-mean", "grpo", "dr_grpo")
-    )
-    clip_low: float = option(0.2, "the ratio is clipped below 1 minus this")
-    clip_high: float = option(0.2, "the ratio is clipped above 1 plus this")
-    kl_coef: float = option(0.0, "beta of equation (3); 0 keeps no reference policy")
-    reference: str = option("warmup", "reference policy: end of warm-up, or start", choices=("warmup", "initial"))
-    inner_updates: int = option(1, "optimizer steps per rollout", low=1)
+    clip_low: float = adaptive(0.2, "the ratio is clipped below 1 minus this")
+    clip_high: float = adaptive(0.2, "the ratio is clipped above 1 plus this")
+    kl_coef: float = adaptive(0.0, "beta of equation (3); 0 keeps no reference policy")
+    entropy_coef: float = adaptive(0.0, "reward for the entropy of each token, in the loss")
+    reference: str = adaptive("warmup", "reference policy: end of warm-up, or start", choices="warmup initial")
+    inner_updates: int = adaptive(1, "optimizer steps per rollout", low=1)
 
     warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", group="the optimizer (AdamW)")
-    lr: float = option(5e-4, "peak learning rate of the adaptive stage")
-    lr_schedule: str = resumable(
-        "wsd", "cosine falls in each stage; wsd at the end of the run", choices=("constant", "cosine", "wsd")
-    )
+    lr: float = adaptive(5e-4, "peak learning rate of the adaptive stage")
+    sft_lr: float = adaptive(0.0, "that of its SFT steps; 0: --lr")
+    lr_schedule: str = resumable("wsd", "cosine falls in each stage; wsd at the end", choices="constant cosine wsd")
     lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins")
     decay_fraction: float = resumable(0.5, "wsd: share of --steps over which the rate falls; 0: it never does", high=1)
     weight_decay: float = option(0.1, "AdamW's, on matrices")
     beta1: float = option(0.9, "AdamW's decay of the mean", high=0.999999)
     beta2: float = option(0.98, "AdamW's decay of the square", high=0.999999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this L2 norm; 0: never")
-
-    def __post_init__(self):
-        super().__post_init__()
-        sft_steps, _, grpo_steps = self.alternate.partition(":")
-        if not (sft_steps.isdecimal() and grpo_steps.isdecimal() and int(sft_steps) + int(grpo_steps) > 0):
-            raise ValueError(f"--alternate {self.alternate}: expected SFT:GRPO, two whole numbers such as 2:1")
-        if self.group_size == 1 and may_choose_grpo(self):
-            raise ValueError("--group-size 1: a sample alone in its group has advantage 0, so GRPO needs 2 or more")
 
 
 # ============================================================================= the loop
@@ -161,7 +150,7 @@ def loop(run: Run) -> dict:
                     state.bad_in_a_row = 0
                 except BadStep as bad:
                     record = run.drop(bad)
-                record["lr"] = learning_rate(config, state.step + 1)
+                record["lr"] = learning_rate(config, state.step + 1, record["kind"])
                 state.finish_step(record, time.perf_counter() - started)
             with run.save_on_interrupt():
                 scores = after_step(trainer)
@@ -177,13 +166,15 @@ class State:
     step: int = 0  # steps done, warm-up and adaptive counted through
     sft_steps: int = 0  # of the adaptive stage
     grpo_steps: int = 0
+    mixed_steps: int = 0
+    warmup_sft: list = field(default_factory=list)  # grad_norm and loss of each warm-up step, for branches
     norm_step: int = 0  # steps done when the controller last got an SFT gradient norm
     bad_steps: int = 0  # dropped: see BadStep
     bad_in_a_row: int = 0
     reward_failures: int = 0  # completions whose verifier failed, evaluations included
-    grpo_skipped: int = 0  # GRPO steps that learnt nothing, as no group had a signal; they count in grpo_steps too
-    extra_rollouts: int = 0  # beyond one a GRPO step: see --resample-groups
-    seconds: dict = field(default_factory=lambda: {"warmup": 0.0, "sft": 0.0, "grpo": 0.0, "eval": 0.0})
+    grpo_skipped: int = 0  # GRPO or mixed steps that learnt nothing, as no group had a signal; they count there, too
+    extra_rollouts: int = 0  # beyond one a step: see --resample-groups
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(("warmup", "sft", "grpo", "mixed", "eval"), 0.0))
     accuracy: dict = field(default_factory=dict)  # accuracy_before, _warmup, _final, and each with _ood
     scores: dict = field(default_factory=dict)  # of the last evaluation
     reward: float | None = None  # mean of the last rollout
@@ -195,7 +186,7 @@ class State:
         self.step += 1
         self.sft_steps += adaptive and record["kind"] == "sft"
         self.grpo_steps += adaptive and record["kind"] == "grpo"
-        self.grpo_skipped += record.get("signal_groups") == 0
+        self.mixed_steps += record["kind"] == "mixed"
         self.seconds[record["kind"] if adaptive else "warmup"] += seconds
         self.pending = record | {"seconds": seconds}
 
@@ -206,6 +197,15 @@ class BadStep(Exception):
     def __init__(self, reason: str, record: dict, batch: Batch, *, fatal: bool = False):
         super().__init__(reason)
         self.reason, self.record, self.batch, self.fatal = reason, record, batch, fatal
+
+
+class Part(NamedTuple):
+    """A term of a step's loss. Most steps have one; in mixed ones that of SFT comes first, and is named."""
+
+    batch: Batch
+    objective: Callable
+    weight: float = 1.0
+    name: str = ""
 
 
 class Trainer(Setup):
@@ -227,8 +227,12 @@ class Trainer(Setup):
         self.samplers: dict = {}  # buffers and CUDA graphs, kept from one rollout to the next
         self.chunks = 1  # the largest number of chunks that a rollout has needed so far
         self.reference: Transformer | None = None
+        self.warmed_up: Transformer | None = None  # the policy at the end of the warm-up, for --signal kl
         self.optimizer = make_optimizer(self.model, config)
-        self.controller = make_controller(config)
+        self.grpo_optimizer = make_optimizer(self.model, config) if config.separate_moments else self.optimizer
+        norms = {"warmup_norm": config.warmup_norm, "window": config.warmup_norm_window, "ema": config.norm_ema}
+        self.controller = SasrController(config.gamma, **norms, current_norm=config.current_norm)
+        self.method = make_method(config)  # what decides in its place; with --controller sasr, an idle one
         self.budget = TokenBudget(default_max_tokens(config.tokens_per_microbatch, self.device), self.progress.say)
         self.answers: list[dict] = []  # of the last evaluation, as they go into OUT/samples.jsonl
 
@@ -237,21 +241,38 @@ class Trainer(Setup):
         if self.state.step >= self.config.warmup_steps:
             return adaptive_step(self)
         record = {"phase": "warmup", "kind": "sft"}
-        sft_step(self, record, self.controller.observe_warmup)
+        sft_step(self, record)
         return record
 
-    def freeze_reference(self) -> None:
-        """Make the model of this moment the reference policy. It is never trained, so on CUDA bf16 is enough."""
+    def observe(self, measured: dict) -> None:
+        """Tell the controller what an SFT gradient was like; those of the warm-up are kept, for branches."""
+        if self.state.step < self.config.warmup_steps or self.controller.g_warmup is None:
+            self.state.warmup_sft.append({key: measured[key] for key in ("grad_norm", "loss")})
+            self.controller.observe_warmup(measured[self.config.signal_key])
+        elif not self.config.compares_kl:
+            self.controller.observe_sft(measured[self.config.signal_key])
+
+    def keep_policies(self) -> None:
+        """Freeze a copy of the model where this is the moment that the reference policy, or --signal kl, refers to."""
+        config, step = self.config, self.state.step
+        if config.kl_coef and step == (config.warmup_steps if config.reference == "warmup" else 0):
+            self.reference = self.frozen_copy()
+        if config.compares_kl and step == config.warmup_steps:
+            self.warmed_up = self.frozen_copy()
+            self.controller.g_warmup, self.controller.g_last = config.kl_target, 0.0  # the KL to itself
+
+    def frozen_copy(self) -> Transformer:
+        """The model of this moment. It is never trained, so on CUDA bf16 is enough."""
         frozen = copy.deepcopy(self.model).requires_grad_(False)
         frozen = frozen.bfloat16() if self.device.type == "cuda" else frozen
-        self.reference = frozen.to("cpu") if self.config.offload_reference else frozen
+        return frozen.to("cpu") if self.config.offload_reference else frozen
 
     @contextlib.contextmanager
-    def reference_on_device(self):
-        """The reference policy on the device, for as long as it is needed there."""
-        yield self.reference.to(self.device)
+    def on_device(self, frozen: Transformer):
+        """A frozen copy on the device, for as long as it is needed there."""
+        yield frozen.to(self.device)
         if self.config.offload_reference:
-            self.reference.to("cpu")
+            frozen.to("cpu")
 
 
 def after_step(trainer: Trainer) -> dict[str, float]:
@@ -268,9 +289,8 @@ def after_step(trainer: Trainer) -> dict[str, float]:
             found = {ood: scores[f"accuracy{ood}"] for ood in ("", "_ood") if f"accuracy{ood}" in scores}
             state.accuracy |= {f"accuracy_{name}{ood}": accuracy for ood, accuracy in found.items()}
     if state.step == config.warmup_steps and trainer.controller.g_warmup is None and may_choose_sft(config):
-        probe(trainer, trainer.controller.observe_warmup)  # there was no warm-up, or every step of it was dropped
-    if config.kl_coef and state.step == (config.warmup_steps if config.reference == "warmup" else 0):
-        trainer.freeze_reference()
+        probe(trainer)  # there was no warm-up, or every step of it was dropped
+    trainer.keep_policies()
     return scores
 
 
@@ -280,20 +300,21 @@ def after_step(trainer: Trainer) -> dict[str, float]:
 def adaptive_step(trainer: Trainer) -> dict:
     """The heart of the method: look at the norm, draw alpha, then learn from demonstrations or from practice."""
     config, state, controller, record = trainer.config, trainer.state, trainer.controller, {"phase": "adaptive"}
-    if controller.g_warmup is None and config.controller == "sasr":
+    sasr, t = config.controller == "sasr", state.step - config.warmup_steps
+    if controller.g_warmup is None and sasr:
         reason = "no SFT gradient before it was finite, so p_t has no yardstick"
-        raise BadStep(reason, record, demonstrations(trainer, trainer.task, state.step, "probe"), fatal=True)
+        raise BadStep(reason, record, Batch.of(trainer.task.demonstrations[: config.sft_batch_size]), fatal=True)
     if config.probe_every and state.step - state.norm_step >= config.probe_every and trainer.task.demonstrations:
-        probe(trainer, controller.observe_sft)
-    record["p_sft"] = controller.sft_probability(state.step - config.warmup_steps)
+        probe(trainer)
+    record["p_sft"] = controller.sft_probability() if sasr else trainer.method.sft_probability(t)
     record["alpha"] = rng_for(config.seed, "alpha", state.step).random()
     record |= {"sft_norm": controller.g_last, "sft_norm_age": state.step - state.norm_step}
     if record["alpha"] < record["p_sft"]:
         record["kind"] = "sft"
-        sft_step(trainer, record, controller.observe_sft)
+        sft_step(trainer, record)
     else:
-        record["kind"] = "grpo"
-        grpo_step(trainer, record)
+        record["kind"] = "mixed" if trainer.method.mixes else "grpo"
+        grpo_step(trainer, record, t)
     return record
 
 
@@ -310,8 +331,8 @@ class SasrController:
         self.g_warmup: float | None = None
         self.g_last: float | None = None
 
-    def sft_probability(self, step: int = 0) -> float:
-        """p_t. The step does not matter: everything is in the two norms. RuntimeError before a warm-up norm."""
+    def sft_probability(self) -> float:
+        """p_t. RuntimeError before a warm-up norm."""
         if self.g_warmup is None:
             raise RuntimeError("SasrController: no warm-up norm was observed")
         total = self.g_last + self.gamma * self.g_warmup
@@ -344,127 +365,124 @@ class SasrController:
         self.g_warmup, self.g_last, self.warmup_norms = state["g_warmup"], state["g_last"], state["warmup_norms"]
 
 
-class ScheduleController(SasrController):
-    """p_t as a function of the adaptive step (`baselines.py`). The norms are kept for the log and not looked at."""
-
-    def __init__(self, schedule: Schedule):
-        super().__init__()
-        self.schedule = schedule
-
-    def sft_probability(self, step: int = 0) -> float:
-        return self.schedule(step)
-
-
-def make_controller(config: Config) -> SasrController:
-    if config.controller in SCHEDULES:
-        return ScheduleController(SCHEDULES[config.controller](config))
-    options = {"warmup_norm": config.warmup_norm, "window": config.warmup_norm_window}
-    return SasrController(config.gamma, **options, current_norm=config.current_norm, ema=config.norm_ema)
-
-
 # ============================================================================= SFT
 
 
-def sft_step(trainer: Trainer, record: dict, observe: Callable[[float], None]) -> None:
-    """One step on the next demonstrations. What it measures goes into `record`, its gradient norm to `observe`."""
-    config, state = trainer.config, trainer.state
-    task = trainer.warmup_task if state.step < config.warmup_steps else trainer.task
-    batches_so_far = min(state.step, config.warmup_steps) + state.sft_steps  # of the warm-up, then of adaptive steps
-    batch = demonstrations(trainer, task, batches_so_far, "demonstrations")
+def sft_step(trainer: Trainer, record: dict) -> None:
+    """One step on the next demonstrations. What it measures goes into `record`, its gradient norm to the controller."""
+    batch = Batch.of(next_demonstrations(trainer))
     record["tokens"] = sum(map(len, batch.completions))
-    update(trainer, batch, sft_objective, record)
-    observe(record["grad_norm"])
-    state.norm_step = state.step + 1
+    update(trainer, [Part(batch, sft_objective)], record)
+    trainer.observe(record)
+    trainer.state.norm_step = trainer.state.step + 1
 
 
-def probe(trainer: Trainer, observe: Callable[[float], None]) -> float:
-    """The SFT gradient norm here and now, on demonstrations of its own, without an update; told to `observe`."""
-    batch = demonstrations(trainer, trainer.task, trainer.state.step, "probe")
-    stats = trainer.budget.retry_on_oom(accumulate_gradient, trainer.model, batch, sft_objective, trainer.config)
+def probe(trainer: Trainer) -> None:
+    """The SFT gradient norm here and now, on demonstrations of its own, without an update; told to the controller."""
+    part = Part(Batch.of(demonstrations(trainer, trainer.task, trainer.state.step, "probe")), sft_objective)
+    stats = trainer.budget.retry_on_oom(accumulate_gradient, trainer.model, [part], trainer.config)
     if math.isfinite(stats["loss"] + stats["grad_norm"]):  # one NaN would stay in every later p_t
-        observe(stats["grad_norm"])
+        trainer.observe(stats)
         trainer.state.norm_step = trainer.state.step
-    return stats["grad_norm"]
 
 
-def demonstrations(trainer: Trainer, task: TokenizedTask, number: int, purpose: str) -> Batch:
+def next_demonstrations(trainer: Trainer) -> list[tuple[list[int], list[int]]]:
+    """Those that the method has collected; else the next of the warm-up, and after it, in one order, of any step."""
+    config, state, task = trainer.config, trainer.state, trainer.task
+    if collected := trainer.method.take_collected():
+        return [(task.train_prompts[i], task.demonstration_of[i]) for i in collected]
+    task = trainer.warmup_task if state.step < config.warmup_steps else task
+    batches_so_far = min(state.step, config.warmup_steps) + state.sft_steps + state.mixed_steps
+    return demonstrations(trainer, task, batches_so_far, "demonstrations")
+
+
+def demonstrations(trainer: Trainer, task: TokenizedTask, number: int, purpose: str) -> list:
     """Batch number 0, 1, ... of the demonstrations of a task, in an order of its own for each purpose."""
     size = trainer.config.sft_batch_size
     chosen = shuffled(len(task.demonstrations), number * size, size, trainer.config.seed, purpose)
-    prompts, completions = zip(*(task.demonstrations[i] for i in chosen), strict=True)
-    return Batch(list(prompts), list(completions))
+    return [task.demonstrations[i] for i in chosen]
 
 
-def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, denominators: Tensor, config):
-    """Equation (2); with `dft`, each token is weighed by its own probability (arXiv 2508.05629, equation 9)."""
-    weights = logprobs.detach().exp() if config.sft_loss == "dft" else torch.ones_like(logprobs)
+def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy, denominators: Tensor, config, loss=""):
+    """Equation (2). `dft` and `phi` weigh a token by its probability (arXiv 2508.05629, equation 9; 2508.11408)."""
+    p = logprobs.detach().exp()
+    weights = {"nll": torch.ones_like(p), "dft": p, "phi": p * (1 - p)}[loss or config.sft_loss]
     return -(weights * logprobs / denominators).sum(), {}
 
 
 # ============================================================================= GRPO
 
 
-def grpo_step(trainer: Trainer, record: dict) -> None:
-    """Sample G completions for each of Q prompts, reward them, follow the advantages. Measures go into `record`."""
-    config, task = trainer.config, trainer.task
+def grpo_step(trainer: Trainer, record: dict, t: int) -> None:
+    """Sample G completions for each of Q prompts, reward them, follow the advantages. Measures go into `record`.
+
+    `trainer.method` may change what is learnt of the samples, and add demonstrations: see `baselines.py`.
+    """
+    config, method = trainer.config, trainer.method
     # 1. Sample and reward.
-    samples, rewards = draw_groups(trainer, record)  # [Q*G], [Q, G]
-    if not record["signal_groups"]:  # the step is skipped, as said at the top
-        return
+    groups = draw_groups(trainer, record, t)
+    if config.compares_kl:
+        observe_kl(trainer, groups)
     # 2. Compare with the group.
-    advantages = group_advantages(rewards, config.advantage, config.advantage_eps).flatten()  # [Q*G]
-    # 3. What the loss compares with. Without a KL term a completion of advantage 0 has no gradient: it is left out of
-    # the update (and of the means of entropy and the like), but counts in the denominators all the same.
-    kept = [i for i, a in enumerate(advantages.tolist()) if a != 0 or trainer.reference is not None]
-    batch = Batch(
-        [task.train_prompts[samples[i].prompt] for i in kept],
-        [samples[i].tokens for i in kept],
-        config.temperature,
-        loss_denominators([s.tokens for s in samples], config.loss_aggregation, task.max_new_tokens)[kept],
-        advantages[kept].to(trainer.device),
-        sampled_logprobs=torch.tensor([p for i in kept for p in samples[i].logprobs], device=trainer.device),  # [N]
-    )
-    if config.inner_updates > 1:
-        batch.old_logprobs = trainer.budget.retry_on_oom(compute_logprobs, trainer.model, batch)
-    if trainer.reference is not None:
-        with trainer.reference_on_device() as reference:
-            batch.ref_logprobs = trainer.budget.retry_on_oom(compute_logprobs, reference, batch)
+    method.join(groups, partial(add_samples, trainer))
+    if method.needs_entropies:
+        measure_entropies(trainer, groups)
+    rewards = torch.tensor([group.rewards() for group in groups])  # [Q, G]
+    advantages = group_advantages(rewards, config.advantage, config.advantage_eps)  # [Q, G]
+    for group, of_group in zip(groups, advantages.tolist(), strict=True):
+        for s, advantage in zip(group.samples, of_group, strict=True):
+            s.advantage = advantage
+    sft_weight, grpo_weight = method.mix(t, groups)
+    # 3. What the loss compares with.
+    parts = grpo_parts(trainer, groups, grpo_weight)
+    if method.mixes or method.by_prompt:
+        record |= measure_mixing(groups, sft_weight)
+        parts = sft_part(trainer, groups, sft_weight) + parts
+    if not parts:  # no group has a signal: the step is skipped, as said at the top
+        trainer.state.grpo_skipped += 1
+        return
     # 4. One or more updates.
-    updates = [update(trainer, batch, grpo_objective, record) for _ in range(config.inner_updates)]
+    updates = [update(trainer, parts, record) for _ in range(config.inner_updates)]
     record |= {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
-    record["ratio_max"] = max(u["ratio_max"] for u in updates)
-    record["sampler_gap"] = updates[0]["sampler_gap"]  # later ones have moved on
+    record |= {key: max(u[key] for u in updates) for key in updates[0] if key.endswith("_max")}
+    record |= {key: updates[0][key] for key in updates[0] if key == "sampler_gap"}  # later ones have moved on
 
 
-class Sample(NamedTuple):
-    """A completion that the policy wrote, and what it is worth."""
-
-    prompt: int  # which of the training prompts
-    tokens: list[int]
-    logprobs: list[float]  # as the sampler gave them
-    finished: bool  # False: cut off at max_new_tokens
-    grade: Grade
-
-
-def draw_groups(trainer: Trainer, record: dict) -> tuple[list[Sample], Tensor]:
-    """The batch: G samples of each of Q prompts, prompt-major, and their rewards [Q, G].
+def draw_groups(trainer: Trainer, record: dict, t: int) -> list[Group]:
+    """The batch: Q prompts with G samples each.
 
     With --resample-groups N, only groups with a signal (DAPO's dynamic sampling, arXiv 2503.14476): up to N times, Q
     further prompts are drawn, until Q or more have one. What is left out counts in the measures, but not in the loss.
     """
-    config, task, state, samples = trainer.config, trainer.task, trainer.state, []
+    config, state, groups = trainer.config, trainer.state, []
     for attempt in range(1 + config.resample_groups):
         state.extra_rollouts += attempt > 0
-        start = (state.grpo_steps + state.extra_rollouts) * config.prompts_per_step
-        chosen = shuffled(len(task.train_prompts), start, config.prompts_per_step, config.seed, "prompts")
-        samples += grade_rollout(trainer, chosen, sample(trainer, [task.train_prompts[i] for i in chosen], attempt))
-        rewards = compute_rewards(trainer, samples, record)  # [groups drawn, G]
+        drawn = next_groups(trainer, state.grpo_steps + state.mixed_steps + state.extra_rollouts, t)
+        rollout = sample(trainer, [group.prompt + group.hint for group in drawn], attempt)
+        add_samples(trainer, drawn, rollout.completions, rollout.logprobs, rollout.finished)
+        groups += drawn
+        record |= measure_rollout(groups)
+        state.reward = record["reward_mean"]
+        if fault := rollout_fault(groups):  # of the sampler or the verifier
+            batch = Batch.of((group.prompt + group.hint, s.tokens) for group in groups for s in group.samples)
+            raise BadStep(fault, record | {"grad_norm": math.nan}, batch)
+        rewards = torch.tensor([group.rewards() for group in groups])  # [groups drawn, G]
         kept = group_advantages(rewards, config.advantage).any(dim=1).nonzero().flatten().tolist()
         if len(kept) >= config.prompts_per_step:
             break
-    record |= {"prompts_drawn": len(rewards), "signal_groups": len(kept)}
-    kept = kept[: config.prompts_per_step] if config.resample_groups else list(range(len(rewards)))
-    return [samples[q * config.group_size + g] for q in kept for g in range(config.group_size)], rewards[kept]
+    record |= {"prompts_drawn": len(groups), "signal_groups": len(kept)}
+    return [groups[q] for q in kept[: config.prompts_per_step]] if config.resample_groups else groups
+
+
+def next_groups(trainer: Trainer, number: int, t: int) -> list[Group]:
+    """Batch number 0, 1, ... of the training prompts, in an order of its own, still without samples."""
+    task, rng, groups = trainer.task, rng_for(trainer.config.seed, "hints", trainer.state.step), []
+    for i in trainer.draw_prompts(number):
+        prompt, demonstration = task.train_prompts[i], task.demonstration_of[i]
+        room = trainer.shape.max_position_embeddings - task.max_new_tokens - len(prompt)
+        hint = trainer.method.hint(t, demonstration[:-1], rng)[:room] if demonstration else []
+        groups.append(Group(i, prompt, hint, demonstration))
+    return groups
 
 
 def sample(trainer: Trainer, prompts: list[list[int]], attempt: int = 0) -> Rollout:
@@ -473,9 +491,8 @@ def sample(trainer: Trainer, prompts: list[list[int]], attempt: int = 0) -> Roll
     refresh_sampler(trainer)
     seeds = rng_for(config.seed, "samples", trainer.state.step).integers(2**63, size=attempt + 1)  # one an attempt
     generator = torch.Generator(trainer.device).manual_seed(int(seeds[-1]))
-    memory = {"memory_limit": int(1e9 * config.rollout_memory), "samplers": trainer.samplers}
-    draw = {"group_size": config.group_size, "generator": generator}
-    rollout = generate(trainer.sampler, prompts, trainer.sampling, **draw, **memory)
+    options = {"memory_limit": int(1e9 * config.rollout_memory), "samplers": trainer.samplers, "generator": generator}
+    rollout = generate(trainer.sampler, prompts, trainer.sampling, group_size=config.group_size, **options)
     if rollout.chunks > trainer.chunks:
         trainer.chunks, rows = rollout.chunks, len(rollout.completions)
         trainer.progress.say(f"the cache of {rows} completions does not fit: {trainer.chunks} chunks a rollout")
@@ -491,39 +508,15 @@ def refresh_sampler(trainer: Trainer) -> None:
             copied.copy_(trained)
 
 
-def grade_rollout(trainer: Trainer, chosen: list[int], rollout: Rollout) -> list[Sample]:
-    """What the verifier says of a group for each of the chosen prompts."""
-    prompts = [i for i in chosen for _ in range(trainer.config.group_size)]
-    texts = trainer.codec.decode(rollout.completions)
-    grades = [trainer.task.source.grade(text, trainer.task.train[i]) for text, i in zip(texts, prompts, strict=True)]
-    trainer.state.reward_failures += sum(grade.failed for grade in grades)
-    return list(map(Sample, prompts, rollout.completions, rollout.logprobs, rollout.finished, grades))
-
-
-def compute_rewards(trainer: Trainer, samples: list[Sample], record: dict) -> Tensor:
-    """[Q, G] in the order of the samples. Raises BadStep where sampler or verifier failed altogether."""
-    grades, count = [s.grade for s in samples], len(samples)
-    rewards = torch.tensor([grade.reward for grade in grades]).view(-1, trainer.config.group_size)  # [Q, G]
-    correct = torch.tensor([grade.correct for grade in grades]).view_as(rewards)  # [Q, G]
-    tokens, failures = sum(len(s.tokens) for s in samples), sum(grade.failed for grade in grades)
-    record |= {"loss": 0.0, "grad_norm": 0.0, "tokens": tokens, "reward_failures": failures}
-    record |= {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(dim=1, correction=0).mean().item()}
-    record["zero_variance_fraction"] = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
-    record["all_right_fraction"] = correct.all(dim=1).float().mean().item()  # of the groups
-    record["all_wrong_fraction"] = (~correct.any(dim=1)).float().mean().item()
-    record["completion_length"] = tokens / count
-    record["truncated_fraction"] = 1 - sum(s.finished for s in samples) / count
-    record["unparsed_fraction"] = 1 - sum(grade.well_formed for grade in grades) / count
-    ratios = ("ratio_mean", "ratio_max", "clip_fraction", "clip_low_fraction", "clip_high_fraction")
-    record |= dict.fromkeys((*ratios, "kl", "entropy", "sampler_gap", "padding_fraction"))  # null without an update
-    trainer.state.reward = record["reward_mean"]
-    finite = math.isfinite(sum(sum(s.logprobs) for s in samples))  # if not, the model itself gave no probabilities
-    if not finite or failures == count:
-        record["grad_norm"] = math.nan
-        reason = "the verifier failed for every completion" if finite else "the sampler's probabilities are not finite"
-        prompts = [trainer.task.train_prompts[s.prompt] for s in samples]
-        raise BadStep(reason, record, Batch(prompts, [s.tokens for s in samples]))
-    return rewards
+def add_samples(trainer: Trainer, groups: list[Group], completions: list, logprobs: list, finished: list) -> None:
+    """Put completions, one or more for each group in order, into their groups, as the verifier grades them."""
+    task, each = trainer.task, len(completions) // max(len(groups), 1)
+    owners = [group for group in groups for _ in range(each)]
+    texts = trainer.codec.decode([group.hint + tokens for group, tokens in zip(owners, completions, strict=True)])
+    for group, text, *of_sampler in zip(owners, texts, completions, logprobs, finished, strict=True):
+        grade = task.source.grade(text, task.train[group.index])
+        trainer.state.reward_failures += grade.failed
+        group.samples.append(Sample(*of_sampler, grade))
 
 
 def group_advantages(rewards: Tensor, mode: str = "zscore", eps: float = 1e-4) -> Tensor:
@@ -540,6 +533,44 @@ def group_advantages(rewards: Tensor, mode: str = "zscore", eps: float = 1e-4) -
     agree = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     centered = torch.where(agree, 0.0, rewards - rewards.mean(dim=1, keepdim=True))  # exactly 0, not a rounding error
     return centered if mode == "centered" else centered / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
+
+
+def grpo_parts(trainer: Trainer, groups: list[Group], weight: float) -> list[Part]:
+    """The samples as a part of the loss, with what it compares them with; nothing where no group has a signal.
+
+    Without a KL or an entropy term a completion of advantage 0 has no gradient: it is left out of the update (and of
+    the means of entropy and the like), but counts in the denominators all the same.
+    """
+    config, rows = trainer.config, [(group.prompt + group.hint, s) for group in groups for s in group.samples]
+    divisors = loss_denominators([s.tokens for _, s in rows], config.loss_aggregation, trainer.task.max_new_tokens)
+    rows = [(*row, divisor) for row, divisor in zip(rows, divisors.tolist(), strict=True) if weight * row[1].weight > 0]
+    rows = [row for row in rows if row[1].advantage != 0 or trainer.reference is not None or config.entropy_coef > 0]
+    if not any(s.advantage for _, s, _ in rows):
+        return []
+    shown, own = ([row for row in rows if (row[1].logprobs is None) == is_shown] for is_shown in (True, False))
+    parts = as_part(trainer, shown, joined_objective, weight)
+    for part in as_part(trainer, own, grpo_objective, weight):
+        sampled = [p for _, s, _ in own for p in s.logprobs]
+        part.batch.sampled_logprobs = torch.tensor(sampled, device=trainer.device)  # [N]
+        if config.inner_updates > 1:
+            part.batch.old_logprobs, _ = trainer.budget.retry_on_oom(compute_logprobs, trainer.model, part.batch)
+        if trainer.reference is not None:
+            with trainer.on_device(trainer.reference) as reference:
+                part.batch.ref_logprobs, _ = trainer.budget.retry_on_oom(compute_logprobs, reference, part.batch)
+        parts.append(part)
+    return parts
+
+
+def as_part(trainer: Trainer, rows: list, objective: Callable, weight: float, name: str = "") -> list[Part]:
+    """rows: a prompt, its sample, and what the loss of each token is divided by. One part, or, without rows, none."""
+    if not rows:
+        return []
+    prompts, samples, divisors = zip(*rows, strict=True)
+    denominators = torch.tensor(divisors) / torch.tensor([s.weight for s in samples])  # [B]
+    advantages = torch.tensor([s.advantage for s in samples], device=trainer.device)  # [B]
+    temperature = 1.0 if name == "sft" else trainer.config.temperature
+    batch = Batch(list(prompts), [s.tokens for s in samples], temperature, denominators, advantages)
+    return [Part(batch, objective, weight, name)]
 
 
 def loss_denominators(completions: Sequence[list[int]], aggregation: str, max_new_tokens: int) -> Tensor:
@@ -564,11 +595,43 @@ def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: T
     loss, stats = kernels.grpo_loss(logprobs, old, ref, advantages, mask, **knobs, denominator=denominators)
     if ref is None:
         del stats["kl"]  # there was none to measure
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * (entropy / denominators).sum()
     stats["clip_fraction"] = stats["clip_low_fraction"] + stats["clip_high_fraction"]
     stats["entropy"] = entropy.detach().sum()
     if batch.sampled_logprobs is not None:
         stats["sampler_gap"] = (logprobs.detach() - batch.sampled_logprobs[here]).abs().sum()
     return loss, stats
+
+
+# ============================================================================= for --signal kl, and for mixed steps
+
+
+def observe_kl(trainer: Trainer, groups: list[Group]) -> None:
+    """--signal kl: tell the controller how far the policy is from that at the end of the warm-up, in nats a token."""
+    batch = Batch.of((group.prompt, s.tokens) for group in groups for s in group.samples)
+    with trainer.on_device(trainer.warmed_up) as warmed_up:
+        kl = trainer.budget.retry_on_oom(kl_to_reference, trainer.model, warmed_up, batch)
+    trainer.controller.observe_sft(kl)
+    trainer.state.norm_step = trainer.state.step
+
+
+def measure_entropies(trainer: Trainer, groups: list[Group]) -> None:
+    """The mean entropy of each completion's tokens goes into its sample."""
+    rows = [(group.prompt, s) for group in groups for s in group.samples]
+    batch = Batch.of(((prompt, s.tokens) for prompt, s in rows), trainer.config.temperature)
+    _, entropy = trainer.budget.retry_on_oom(compute_logprobs, trainer.model, batch)  # [N]
+    for (_, s), of_sample in zip(rows, entropy.split([len(s.tokens) for _, s in rows]), strict=True):
+        s.entropy = of_sample.mean().item()
+
+
+def sft_part(trainer: Trainer, groups: list[Group], weight: float) -> list[Part]:
+    """The SFT part of a mixed step, if it has one: the next demonstrations, with a weight, and those in the groups."""
+    rows = [row for group in groups for row in group.sft]
+    rows += [(*pair, weight) for pair in next_demonstrations(trainer)] if weight > 0 else []
+    largest, tokens = max((w for *_, w in rows), default=1.0), sum(len(completion) for _, completion, _ in rows)
+    rows = [(prompt, Sample(completion, weight=w / largest), tokens) for prompt, completion, w in rows]
+    return as_part(trainer, rows, partial(sft_objective, loss=trainer.method.sft_loss), largest, "sft")
 
 
 # ============================================================================= one update for both
@@ -578,50 +641,55 @@ def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: T
 # sums over its tokens, or maxima where the name says so.
 
 
-def update(trainer: Trainer, batch: Batch, objective: Callable, record: dict) -> dict:
+def update(trainer: Trainer, parts: list[Part], record: dict) -> dict:
     """One AdamW step. Returns what `accumulate_gradient` measured, also put into `record`.
 
     Raises BadStep where loss or gradient is not finite; then the weights stay as they are.
     """
-    stats = trainer.budget.retry_on_oom(accumulate_gradient, trainer.model, batch, objective, trainer.config)
+    stats = trainer.budget.retry_on_oom(accumulate_gradient, trainer.model, parts, trainer.config)
     record |= stats
     if not (math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"])):
         record["grad_norm"] = math.nan
-        raise BadStep("loss or gradient not finite", record, batch)
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = learning_rate(trainer.config, trainer.state.step + 1)
-    trainer.optimizer.step()
+        raise BadStep("loss or gradient not finite", record, parts[-1].batch)
+    optimizer = trainer.grpo_optimizer if record["kind"] == "grpo" else trainer.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(trainer.config, trainer.state.step + 1, record["kind"])
+    optimizer.step()
     return stats
 
 
 @strictly_deterministic()
-def accumulate_gradient(model: Transformer, batch: Batch, objective: Callable, config: Config, max_tokens: int) -> dict:
-    """Gradient of the whole batch, piece by piece, into `.grad`. Returns its loss, L2 norm, and means over tokens.
+def accumulate_gradient(model: Transformer, parts: list[Part], config: Config, max_tokens: int) -> dict:
+    """Gradient of a sum of losses, piece by piece, into `.grad`. Returns the sum, its L2 norm, and means over tokens.
 
-    The denominators are those of the whole batch, so neither loss nor gradient depends on how it is cut. The norm
+    The denominators are those of a whole batch, so neither loss nor gradient depends on how it is cut. The norm
     is that of all parameters before clipping, which is what clip_grad_norm_ returns; `.grad` is clipped.
     """
     model.zero_grad(set_to_none=True)
-    device, tokens = model.head.device, sum(map(len, batch.completions))
-    denominators = torch.full((len(batch.completions),), tokens) if batch.denominators is None else batch.denominators
-    denominators = denominators.to(device)  # [B]
-    totals: dict[str, Tensor] = {"loss": torch.zeros((), device=device)}
-    tokens_read = padding = 0  # padding is part of what is read
-    for micro in micro_batches(batch, max_tokens, device):
-        logprobs, entropy = completion_logprobs(model, micro, batch.temperature)  # [N]
-        loss, stats = objective(batch, micro, logprobs, entropy, denominators[micro.batch_index], config)
-        loss.backward()
-        tokens_read += micro.prompts.numel() + micro.completions.numel()
-        padding += micro.padding
-        totals["loss"] = totals["loss"] + loss.detach()
-        for key, value in stats.items():
-            if key.endswith("_max"):
-                totals[key] = torch.maximum(totals.get(key, value), value)
-            else:
-                totals[key] = totals.get(key, 0.0) + value / tokens
+    totals: dict[str, Tensor] = {"loss": torch.zeros((), device=model.head.device)}
+    read = padding = 0  # tokens; padding is part of what is read
+    for part in parts:
+        batch, device, tokens = part.batch, model.head.device, sum(map(len, part.batch.completions))
+        whole = torch.full((len(batch.completions),), tokens) if batch.denominators is None else batch.denominators
+        denominators = whole.to(device) / part.weight  # [B]
+        for micro in micro_batches(batch, max_tokens, device):
+            logprobs, entropy = completion_logprobs(model, micro, batch.temperature)  # [N]
+            loss, stats = part.objective(batch, micro, logprobs, entropy, denominators[micro.batch_index], config)
+            loss.backward()
+            read += micro.prompts.numel() + micro.completions.numel()
+            padding += micro.padding
+            totals["loss"] = totals["loss"] + loss.detach()
+            for key, value in stats.items():
+                if key.endswith("_max"):
+                    totals[key] = torch.maximum(totals.get(key, value), value)
+                else:
+                    totals[key] = totals.get(key, 0.0) + value / tokens
+        if part.name:  # what this part is like alone, without its weight
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+            totals |= {f"loss_{part.name}": totals["loss"] / part.weight, f"grad_norm_{part.name}": norm / part.weight}
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     values = torch.stack([value.double() for value in totals.values()]).tolist()  # the one wait for the device
-    return dict(zip(totals, values, strict=True)) | {"padding_fraction": padding / max(tokens_read, 1)}
+    return dict(zip(totals, values, strict=True)) | {"padding_fraction": padding / max(read, 1), "tokens_read": read}
 
 
 def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -634,12 +702,12 @@ def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: floa
 
 
 @torch.no_grad()
-def compute_logprobs(model: Transformer, batch: Batch, max_tokens: int) -> Tensor:
-    """Log-probs [N] of the completion tokens of a batch, without gradient."""
-    logprobs = torch.zeros(sum(map(len, batch.completions)), device=model.head.device)  # [N]
+def compute_logprobs(model: Transformer, batch: Batch, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, both [N], of the completion tokens of a batch, without gradient."""
+    logprobs, entropy = torch.zeros(2, sum(map(len, batch.completions)), device=model.head.device)  # [N]
     for micro in micro_batches(batch, max_tokens, logprobs.device):
-        logprobs[micro.token_index] = completion_logprobs(model, micro, batch.temperature)[0]
-    return logprobs
+        logprobs[micro.token_index], entropy[micro.token_index] = completion_logprobs(model, micro, batch.temperature)
+    return logprobs, entropy
 
 
 # ============================================================================= optimizer and learning rate
@@ -653,14 +721,15 @@ def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate(config: Config, step: int, kind: str = "grpo") -> float:
     """The rate of step 1, 2, ..., warm-up and adaptive counted through. Each stage starts by rising from 0.
 
     In wsd only the final fall depends on --steps, so a run that has not come to it can be resumed with another
     --steps and --decay-fraction: that is a decay branch (arXiv 2404.06395).
     """
     in_warmup = step <= config.warmup_steps
-    peak, length = (config.warmup_lr, config.warmup_steps) if in_warmup else (config.lr, config.steps)
+    adaptive_lr = (config.sft_lr if kind == "sft" else 0.0) or config.lr
+    peak, length = (config.warmup_lr, config.warmup_steps) if in_warmup else (adaptive_lr, config.steps)
     t = step if in_warmup else step - config.warmup_steps  # 1 ... length
     rate = peak * min(1.0, t / max(config.lr_warmup_steps, 1))
     if config.lr_schedule == "cosine":

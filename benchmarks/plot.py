@@ -69,8 +69,10 @@ def picture(runs: list[Path], width: int):
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for index, run in enumerate(runs):
         records, colour, name = read_metrics(run), colours[index % len(colours)], run.name
-        draw(decision, records, "p_sft", name, colour, width)
+        mixes = any(record["kind"] == "mixed" for record in records)
+        draw(decision, records, "sft_share" if mixes else "p_sft", name, colour, width)
         draw(norms, records, "grad_norm", f"{name}: SFT", colour, width, "sft")
+        draw(norms, records, "grad_norm_sft", f"{name}: SFT part", colour, width, style="--")
         draw(rewards, records, "reward_mean", name, colour, width)
         draw(groups, records, "all_right_fraction", f"{name}: all right", colour, width)
         draw(groups, records, "all_wrong_fraction", f"{name}: all wrong", colour, width, style="--")
@@ -90,7 +92,7 @@ def picture(runs: list[Path], width: int):
         for axis in axes.flat:
             axis.axvspan(0, warmup, color="0.93", zorder=-1)
     for axis, title in (
-        (decision, "p_t: probability of an SFT step"),
+        (decision, "p_t: probability of an SFT step; of a mixture, the share of SFT"),
         (norms, "gradient norm of the SFT loss"),
         (rewards, "mean reward of the GRPO samples"),
         (accuracy, "greedy accuracy on unseen problems, %"),

@@ -302,7 +302,7 @@ def gradient(model: Transformer, batch: Batch, max_tokens: int, *, bf16: bool) -
     """That of the GRPO loss with its KL term, unclipped. bf16: on a CPU too; on CUDA it always is."""
     config = sasr.Config(kl_coef=0.05, max_grad_norm=0.0)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config, max_tokens)
+        sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.grpo_objective)], config, max_tokens)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 

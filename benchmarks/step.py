@@ -148,7 +148,7 @@ def of_this_project(request: dict) -> dict:
     with mock.patch.multiple(
         sasr,
         sample=timed(phases, "rollout", sasr.sample),
-        grade_rollout=timed(phases, "rewards", sasr.grade_rollout),
+        add_samples=timed(phases, "rewards", sasr.add_samples),
         compute_logprobs=timed(phases, "log-probs", sasr.compute_logprobs),
     ):
         for _ in range(request["steps"]):

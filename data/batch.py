@@ -6,16 +6,17 @@ Shape letters: B sequences of a batch, b of a micro-batch, q distinct prompts of
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-PURPOSES = {"demonstrations": 1, "prompts": 2, "alpha": 3, "samples": 4, "probe": 5, "evaluation": 6}
+PURPOSES = {"demonstrations": 1, "prompts": 2, "alpha": 3, "samples": 4, "probe": 5, "evaluation": 6, "hints": 7}
 
 
 def rng_for(seed: int, purpose: str, count: int) -> np.random.Generator:
@@ -24,6 +25,8 @@ def rng_for(seed: int, purpose: str, count: int) -> np.random.Generator:
 
 def shuffled(population: int, start: int, count: int, seed: int, purpose: str) -> list[int]:
     """Indices start ... start+count of an endless sequence of epochs, each its own permutation of the population."""
+    if not count:
+        return []
     epochs = range(start // population, (start + count - 1) // population + 1)
     order = np.concatenate([rng_for(seed, purpose, epoch).permutation(population) for epoch in epochs])
     offset = start - epochs[0] * population
@@ -32,7 +35,7 @@ def shuffled(population: int, start: int, count: int, seed: int, purpose: str) -
 
 @dataclass
 class Batch:
-    """B prompts with a completion each, as token ids, and for GRPO what its loss needs, on the model's device.
+    """B prompts with a completion each, as token ids, and what a loss needs beside them, on the model's device.
 
     What belongs to tokens is flat, over the N completion tokens of the batch in order. No mask depends on token values.
     """
@@ -41,10 +44,15 @@ class Batch:
     completions: list[list[int]]
     temperature: float = 1.0
     denominators: Tensor | None = None  # [B] what each token of a sequence is divided by; None: the batch's tokens
-    advantages: Tensor | None = None  # [B]
+    advantages: Tensor | None = None  # [B] what multiplies the log-probs of a sequence; None in SFT: 1
     old_logprobs: Tensor | None = None  # [N]; None: on-policy, the ratio is 1
     ref_logprobs: Tensor | None = None  # [N]; None: no reference policy
     sampled_logprobs: Tensor | None = None  # [N] as the sampler gave them; only compared with
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[list[int], list[int]]], *more) -> Self:
+        """pairs: a prompt and its completion each."""
+        return cls(*map(list, zip(*pairs, strict=True)), *more)
 
 
 @dataclass

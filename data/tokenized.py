@@ -52,6 +52,8 @@ class TokenizedTask:
         self.train_prompts = [prompts[i] for i in kept]
         self.worked = [example for example, pair in zip(worked, demonstrations, strict=True) if fits(*pair)]
         self.demonstrations = [pair for pair in demonstrations if fits(*pair)]  # of these; the limit is lower by now
+        by_example = {id(e): completion for e, (_, completion) in zip(self.worked, self.demonstrations, strict=True)}
+        self.demonstration_of = [by_example.get(id(e)) for e in self.train]  # the completion, or None
         dropped = len(demonstrations) - len(self.demonstrations)
         self.dropped = {"prompts": len(prompts) - len(kept), "demonstrations": dropped}
         self._shortest_prompt = min(map(len, prompts), default=0)

@@ -9,7 +9,9 @@
 
 A line of the metrics has `step`, `phase`, `kind`, `loss`, `grad_norm` (before clipping), `lr`, `seconds`, `tokens` and
 `padding_fraction`. Adaptive steps add `p_sft`, `alpha`, `sft_norm` (the G_last that decided) and its age in steps,
-`sft_norm_age`; GRPO steps, what `sasr.draw_groups`, `sasr.compute_rewards` and `sasr.grpo_objective` measure;
+`sft_norm_age`; steps with samples, what `sasr.draw_groups`, `report.measure_rollout` and `sasr.grpo_objective` measure;
+mixed ones, `report.measure_mixing`, and of their SFT part alone, without its weight, `loss_sft` and `grad_norm_sft`;
+updates, `tokens_read`: what went through the model, prompts and padding included;
 evaluations, `eval/` scores.
 
 Every file but the metrics is written as NAME.tmp, flushed to the disk and renamed, so that a reader finds the old one
@@ -30,6 +32,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -42,12 +45,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import check_number, one_line, parse_json, read_json
+from data.files import check_number, one_line, parse_json, read_json, short_repr
 
 from .config import RunConfig, path_in
 from .report import say
 
 SUMS = "SHA256SUMS"
+FROZEN = ("reference", "warmed_up")  # policies that a trainer may keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,17 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         return load_file(self.folder / "tensors.safetensors")
+
+    def may_branch(self, config: RunConfig) -> bool:
+        """Whether it may become another kind of run: no adaptive step was taken, and its warm-up is on record."""
+        state = {"step": 0, "bad_steps": 0, "warmup_sft": []} | self.state["state"]  # earlier versions had no record
+        on_record = len(state["warmup_sft"]) + state["bad_steps"]  # dropped steps measure nothing
+        return state["step"] <= config.warmup_steps and on_record >= state["step"]
+
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether it holds the policy that the run began with."""
+        return bool(self.state["config"]["kl_coef"]) and self.state["config"]["reference"] == "initial"
 
     @contextlib.contextmanager
     def fits(self):
@@ -224,6 +239,7 @@ def save(trainer, folder: RunFolder, fingerprint: dict[str, str]) -> None:
     state["unlogged"] = state.pop("pending")  # its name in files
     config = dataclasses.asdict(trainer.config)
     saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": fingerprint}
+    saved["method"] = trainer.method.memory
     folder.save_checkpoint(named_tensors(trainer), saved | {"config": config, "config_hash": trainer.config.hash()})
 
 
@@ -235,14 +251,22 @@ def save_model(trainer, path: Path) -> None:
 
 
 def named_tensors(trainer) -> dict[str, Tensor]:
-    """Weights, Adam's moments and the reference policy, each under its own prefix."""
+    """Weights, Adam's moments and the frozen policies, each under its own prefix."""
     named = {f"model.{name}": p for name, p in trainer.model.named_parameters()}
-    for name, parameter in trainer.model.named_parameters():
-        for key, value in trainer.optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
-            named[f"optimizer.{key}.{name}"] = value
-    if trainer.reference is not None:
-        named |= {f"reference.{name}": p for name, p in trainer.reference.named_parameters()}
+    for prefix, optimizer in optimizers(trainer).items():
+        for name, parameter in trainer.model.named_parameters():
+            for key, value in optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
+                named[f"{prefix}.{key}.{name}"] = value
+    for prefix in FROZEN:
+        if (frozen := getattr(trainer, prefix)) is not None:
+            named |= {f"{prefix}.{name}": p for name, p in frozen.named_parameters()}
     return named
+
+
+def optimizers(trainer) -> dict[str, torch.optim.Optimizer]:
+    """By their prefix in files; the second only with --separate-moments."""
+    apart = trainer.grpo_optimizer is not trainer.optimizer
+    return {"optimizer": trainer.optimizer} | ({"grpo_optimizer": trainer.grpo_optimizer} if apart else {})
 
 
 def fingerprint_of(trainer) -> dict[str, str]:
@@ -294,10 +318,16 @@ def check_fingerprint(trainer, saved: dict[str, str] | int, now: dict[str, str])
 def read_state(checkpoint: Checkpoint, state_class: type):
     """The state of the run at a checkpoint. Raises ValueError, KeyError or TypeError for what cannot be one."""
     values = dict(checkpoint.state["state"])
+    values["seconds"] = state_class().seconds | values["seconds"]  # earlier versions had fewer
     state = state_class(pending=values.pop("unlogged"), **values)
     for spec in dataclasses.fields(state):
         if spec.type is int:
             check_number(spec.name, getattr(state, spec.name), 0, math.inf)
+    if not isinstance(state.warmup_sft, list):
+        raise ValueError(f"warmup_sft: {short_repr(state.warmup_sft)} is no list")
+    for measured in state.warmup_sft:
+        for key in ("grad_norm", "loss"):  # one NaN, and no p_t would ever be above alpha again
+            check_number(f"warmup_sft: {key}", measured[key], 0.0, sys.float_info.max)
     numbers = [*state.seconds.values(), *state.accuracy.values(), *state.scores.values(), state.reward or 0.0]
     valid = all(isinstance(number, (int, float)) for number in numbers)  # a score may well be NaN
     if not valid or set(state.seconds) != set(state_class().seconds) or not isinstance(state.pending, dict | None):
@@ -309,19 +339,46 @@ def read_state(checkpoint: Checkpoint, state_class: type):
 def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str]) -> None:
     """Take up a checkpoint and its state. Raises ValueError or KeyError naming what does not fit."""
     check_fingerprint(trainer, checkpoint.state["fingerprint"], fingerprint)
-    saved = checkpoint.tensors()
-    if any(name.startswith("reference.") for name in saved):
-        trainer.freeze_reference()
-    if any(name.startswith("optimizer.") for name in saved):  # not before the first step
-        for p in trainer.model.parameters():
+    saved, config, branch = checkpoint.tensors(), trainer.config, checkpoint.may_branch(trainer.config)
+    frozen = {prefix for prefix in FROZEN if any(name.startswith(f"{prefix}.") for name in saved)}
+    if branch:  # they are made anew, but for the policy before the first step
+        frozen = {"reference"} if config.kl_coef and config.reference == "initial" else set()
+    for prefix in frozen:
+        setattr(trainer, prefix, trainer.frozen_copy())  # as yet the weights that the run began with
+    for prefix, optimizer in optimizers(trainer).items():
+        for p in trainer.model.parameters() if any(name.startswith(f"{prefix}.") for name in saved) else ():
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            trainer.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     for name, tensor in named_tensors(trainer).items():
+        if branch and name.startswith("reference.") and not checkpoint.keeps_initial:
+            continue
         if saved[name].shape != tensor.shape:  # copy_ would repeat a smaller one
             raise ValueError(f"{name} has the shape {list(saved[name].shape)}, not {list(tensor.shape)}")
         tensor.copy_(saved[name])
-    trainer.controller.load_state_dict(checkpoint.state["controller"])
     trainer.state = state
+    if branch:
+        for measured in state.warmup_sft:
+            trainer.controller.observe_warmup(measured[config.signal_key])
+        if state.pending is None:  # else it is done after the evaluation that is still to come
+            trainer.keep_policies()
+    else:
+        trainer.controller.load_state_dict(checkpoint.state["controller"])
+        kept = checkpoint.state.get("method", {})  # which earlier versions did not have
+        check_memory(trainer, checkpoint.state["config"], kept)
+        trainer.method.memory |= kept
+
+
+def check_memory(trainer, before: dict, kept: dict[str, list]) -> None:
+    """Raises ValueError for what a method cannot have kept, and for another run to replay than that before."""
+    replay, demonstration_of = trainer.config.replay, trainer.task.demonstration_of
+    for index in kept.get("collected", []):
+        check_number("collected", index, 0, len(demonstration_of) - 1)
+        if demonstration_of[index] is None:
+            raise ValueError(f"collected: {index}: that prompt has no demonstration")
+    for p in kept.get("p", []):
+        check_number("p", p, 0.0, 1.0)
+    if "p" in kept and replay != before["replay"] and kept["p"] != trainer.method.memory["p"]:  # moved is no other
+        raise ValueError(f"--replay {replay}: its p_t are not those that the run keeps, of {before['replay']}")
 
 
 # ----------------------------------------------------------------------------- files

@@ -16,22 +16,27 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from baselines import SCHEDULES
+from baselines import METHODS, PUBLISHED, Method, make_method, may_choose_grpo
 from data.files import check_number
 from data.task import MAX_REWARD
 from rollout import MIN_TEMPERATURE
 
-PATHS = ("data", "reward", "model")  # a run keeps these absolute and outside its hash, and each may be moved
+PATHS = ("data", "reward", "model", "replay")  # a run keeps these absolute and outside its hash, and each may be moved
 MAX = 10**7  # the largest value of any number but the seed: no run could use more
 
 
-def option(default, help: str, *, choices: tuple[str, ...] = (), low: float = 0, high: float = MAX, **more):
-    """A field. group: it begins a group of --help. resumable: it may change on --resume, past steps stay true."""
-    rules = {"help": help, "choices": choices, "low": low, "high": high, "group": "", "resumable": False}
-    return dataclasses.field(default=default, metadata=rules | more)
+def option(default, help: str, *, choices: str | list[str] = "", low: float = 0, high: float = MAX, **more):
+    """A field. group: it begins a group of --help. resumable: it may change on --resume, past steps stay true.
+
+    adaptive: it may change as long as no step of the adaptive stage has been taken, which it alone concerns.
+    """
+    names = tuple(choices.split() if isinstance(choices, str) else choices)
+    rules = {"help": help, "choices": names, "low": low, "high": high, "group": "", "resumable": False}
+    return dataclasses.field(default=default, metadata=rules | {"adaptive": False} | more)
 
 
 resumable = partial(option, resumable=True)
+adaptive = partial(option, adaptive=True)
 
 
 @dataclasses.dataclass
@@ -56,12 +61,12 @@ class RunConfig:
     warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
 
     model: str = resumable("", "checkpoint directory or hub id to start from ('': from scratch)", group="the model")
-    prompt_format: str = option("raw", "the text, or a message in --model's chat template", choices=("raw", "chat"))
+    prompt_format: str = option("raw", "the text, or a message in --model's chat template", choices="raw chat")
     system: str = option("", "chat: the system message ('': what the template says by itself)")
     template_args: str = option("", """chat: further variables of the template, '{"enable_thinking": false}'""")
     template_date: str = option("", "chat: when it is, for a template that prints the date ('': when the run began)")
     save_dtype: str = resumable(
-        "same", "of OUT/model; same: as --model's files", choices=("same", "float32", "bfloat16", "float16")
+        "same", "of OUT/model; same: as --model's files", choices="same float32 bfloat16 float16"
     )
     hidden_size: int = option(128, "from scratch: features", low=1)
     layers: int = option(4, "from scratch: decoder layers", low=1)
@@ -79,7 +84,7 @@ class RunConfig:
 
     eval_every: int = resumable(125, "steps between evaluations; 0: around the stages only", group="evaluation, files")
     eval_examples: int = resumable(512, "examples per evaluation, decoded greedily", low=1)
-    eval_split: str = option("test", "which examples those are", choices=("test", "train"))
+    eval_split: str = option("test", "which examples those are", choices="test train")
     eval_samples: int = resumable(0, "also draw this many answers to each, for pass@1, 2, 4, ...")
     eval_temperature: float = resumable(1.0, "of those samples")
     save_every: int = resumable(100, "steps between checkpoints; 0: only at the end")
@@ -149,6 +154,46 @@ class RunConfig:
         return {0, self.warmup_steps, self.total_steps, *every}
 
 
+@dataclasses.dataclass
+class BaselineConfig(RunConfig):
+    """What the methods of `baselines.py` depend on."""
+
+    switch_step: int = adaptive(0, "sft-then-grpo: step at which GRPO begins; 0: half-way", group="the other methods")
+    alternate: str = adaptive("1:1", "alternate: SFT steps : GRPO steps")
+    sft_fraction: float = adaptive(0.5, "random: the constant p_t", high=1)
+    mu: float = adaptive(0.1, "chord-phi: the constant weight of SFT", high=1)
+    tau: float = adaptive(0.5, "chord-reward: the mean reward from which on SFT has no weight")
+    gate: int = adaptive(0, "hpt: a prompt with at most so many right samples gets SFT")
+    buffer: int = adaptive(0, "relift: failed prompts that make an SFT step; 0: --sft-batch-size")
+    replay: str = adaptive("", "replay: folder of the run whose p_t are taken", resumable=True)
+    replay_order: str = adaptive("shuffled", "replay: their order", choices="shuffled same")
+
+    @property
+    def compares_kl(self) -> bool:
+        return self.controller == "sasr" and self.signal == "kl"
+
+    @property
+    def signal_key(self) -> str:
+        """What of an SFT gradient the controller is told."""
+        return "loss" if self.signal == "loss" else "grad_norm"
+
+    def __post_init__(self):
+        super().__post_init__()
+        sft_steps, _, grpo_steps = self.alternate.partition(":")
+        if not (sft_steps.isdecimal() and grpo_steps.isdecimal() and int(sft_steps) + int(grpo_steps) > 0):
+            raise ValueError(f"--alternate {self.alternate}: expected SFT:GRPO, two whole numbers such as 2:1")
+        if self.group_size == 1 and may_choose_grpo(self):
+            raise ValueError("--group-size 1: a sample alone in its group has advantage 0, so GRPO needs 2 or more")
+        if self.controller == "replay" and not self.replay:
+            raise ValueError("--controller replay: --replay names the run whose p_t are taken")
+        if self.resample_groups and METHODS.get(self.controller, Method).by_prompt:
+            raise ValueError(f"--resample-groups: {self.controller} itself decides what becomes of each prompt")
+        if self.compares_kl and self.probe_every:
+            raise ValueError("--probe-every measures an SFT gradient, which --signal kl does not look at")
+        if -1 < self.demonstrated_share < 0:
+            raise ValueError(f"--demonstrated-share {self.demonstrated_share}: must be -1, or between 0 and 1")
+
+
 def today() -> str:
     return datetime.now().isoformat(timespec="seconds")
 
@@ -171,8 +216,9 @@ def flag_name(field_name: str) -> str:
 
 
 def in_order(config_class: type[RunConfig]) -> list[dataclasses.Field]:
-    """The fields of the method first, then those of any run."""
-    return sorted(dataclasses.fields(config_class), key=lambda spec: hasattr(RunConfig, spec.name))
+    """The fields of SASR first, then those of the other methods and of any run."""
+    rooms = (BaselineConfig, RunConfig)
+    return sorted(dataclasses.fields(config_class), key=lambda spec: sum(hasattr(room, spec.name) for room in rooms))
 
 
 # ----------------------------------------------------------------------------- presets
@@ -180,7 +226,7 @@ def in_order(config_class: type[RunConfig]) -> list[dataclasses.Field]:
 # Values from a public recipe say which; the others are ours, chosen to fit one GPU, and not tuned.
 PRETRAINED = (
     {"prompt_format": "chat", "ood_task": "none", "gradient_checkpointing": True, "warmup_steps": 100, "steps": 500}
-    | {"sft_batch_size": 32, "warmup_lr": 1e-5, "eval_every": 100, "eval_examples": 10_000}
+    | {"sft_batch_size": 32, "warmup_lr": 1e-5, "sft_lr": 1e-5, "eval_every": 100, "eval_examples": 10_000}
     # verl, examples/grpo_trainer on GSM8K and MATH
     | {"lr": 1e-6, "kl_coef": 0.001, "clip_low": 0.2, "clip_high": 0.2, "max_grad_norm": 1.0}
     | {"beta2": 0.999, "weight_decay": 0.01}  # PyTorch's own beta, which most recipes keep
@@ -209,6 +255,10 @@ def parse_command_line(config_class: type[RunConfig], argv: list[str] | None) ->
     values = vars(make_parser(config_class).parse_args(argv))
     values.pop("debug", None)  # `lifecycle.exit_code` reads it
     mode = values.pop("mode", "train")
+    if values.pop("published", False):
+        if (controller := values.get("controller")) not in PUBLISHED:
+            raise ValueError(f"--published: --controller must be one of {', '.join(PUBLISHED)}")
+        values = PUBLISHED[controller] | values
     if "resume" not in values:
         return mode, PRESETS[values.pop("preset", "kk-tiny")] | values
     if "preset" in values:
@@ -237,14 +287,20 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
         if spec.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            values = {"choices": rules["choices"]} if rules["choices"] else {"metavar": spec.type.__name__.upper()}
+            names = rules["choices"]
+            values = {"choices": names} if names else {"metavar": spec.type.__name__.upper()}
+            if len(names) > 5:  # too many for braces
+                values["metavar"], text = "NAME", f"{text}: {', '.join(names)}"
             group.add_argument(flag, type=spec.type, help=text, **values)
     group = parser.add_argument_group("to begin, go on, grade or plan")
     group.add_argument("--preset", choices=tuple(PRESETS), help="values for other flags, which still override them")
+    text = "what the publication of --controller sets beside its decision, over a preset: see baselines.py"
+    group.add_argument("--published", action="store_true", help=text)
     modes, const = group.add_mutually_exclusive_group(), {"dest": "mode", "action": "store_const"}
     resuming = "go on with the run in this folder, or with --out in a branch of it; what may change: "
-    flags = (flag_name(spec.name) for spec in in_order(config_class) if spec.metadata["resumable"])
-    modes.add_argument("--resume", metavar="RUN", help=resuming + ", ".join(flags))
+    flags = [[flag_name(s.name) for s in in_order(config_class) if s.metadata[k]] for k in ("resumable", "adaptive")]
+    before = "; and up to the end of the warm-up: "
+    modes.add_argument("--resume", metavar="RUN", help=resuming + ", ".join(flags[0]) + before + ", ".join(flags[1]))
     modes.add_argument("--eval-only", **const, const="eval_only", help="grade --model on the task, train nothing")
     modes.add_argument("--dry-run", **const, const="dry_run", help="say what the run would need in memory, and stop")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -254,34 +310,38 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
 # ----------------------------------------------------------------------------- resuming
 
 
-def check_resume(old: RunConfig, new: RunConfig, done: int, logged: bool, named: dict, learning_rate: Callable) -> str:
+def check_resume(old: RunConfig, new: RunConfig, state, branch: bool, named: dict, learning_rate: Callable) -> str:
     """What changes, as flags in one line. Raises ValueError naming a flag that contradicts the steps already taken.
 
-    old: the configuration of those steps, `done` of them, the last one `logged` or still to be evaluated. new: that in
-    config.json with the overrides `named`. learning_rate: a function of a configuration and a step.
+    old: the configuration of those steps. new: that in config.json with the overrides `named`. branch: it may become
+    another kind of run. learning_rate: a function of a configuration, a step and its kind.
     """
-    changed = {}
+    changed, done = {}, state.step
     for spec in in_order(type(new)):
         before, now = getattr(old, spec.name), getattr(new, spec.name)
         other = spec.name in PATHS and not (before and now)  # to have one or none is no move
-        if before != now and (other or not spec.metadata["resumable"]):
+        may_change = (spec.metadata["adaptive"] and branch) or (spec.metadata["resumable"] and not other)
+        if before != now and not may_change:
             where = "" if spec.name in named else f"{Path(old.out) / 'config.json'}: "
             raise ValueError(f"{where}{flag_name(spec.name)} {now}: a resumed run keeps its {before!r}")
         if before != now and spec.name != "out":
             changed[spec.name] = f"{flag_name(spec.name)} {now}"
     if done > new.total_steps:
         raise ValueError(f"--steps {new.steps}: the run has already taken {done - new.warmup_steps}")
-    if any(learning_rate(old, step) != learning_rate(new, step) for step in range(1, done + 1)):
+    taken = [(step, kind) for step in range(1, done + 1) for kind in ("sft", "grpo")]
+    if any(learning_rate(old, *step) != learning_rate(new, *step) for step in taken):
         raise ValueError(
             f"--steps, --decay-fraction or --lr-schedule would change the learning rate of the {done} steps already "
             "taken; a decay must begin after them, and --steps counts the whole adaptive stage"
         )
-    if new.controller in SCHEDULES:
-        before, after = (SCHEDULES[new.controller](config) for config in (old, new))
+    if done > new.warmup_steps and new.controller == "replay" and new.steps > old.steps:
+        raise ValueError(f"--steps {new.steps}: a replay keeps the p_t, and the {old.steps} steps, that it began with")
+    if done > new.warmup_steps and new.controller != "replay":
+        before, after = (make_method(config).level for config in (old, new))
         if any(before(t) != after(t) for t in range(done - new.warmup_steps)):
             raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")
     idle = [text for name, text in changed.items() if name not in ("save_dtype", "device", *PATHS)]
-    if idle and done == new.total_steps and logged:
+    if idle and done == new.total_steps and state.pending is None:
         raise ValueError(
             f"{', '.join(idle)}: the run has finished, so nothing would come of it; more --steps let it go on, and "
             f"--eval-only --model {Path(old.out) / 'model'} grades it anew"

@@ -20,7 +20,7 @@ MAX_AGE = 50  # steps, a tenth of a default run, for which p_t then hung on a si
 
 def diagnose(records: list[dict], summary: dict) -> list[str]:
     """At most MAX_LINES lines, the worst first. records: those of OUT/metrics.jsonl; summary: OUT/summary.json."""
-    grpo = [record for record in records if record.get("kind") == "grpo"]
+    grpo = [record for record in records if record.get("kind") in ("grpo", "mixed")]
     late = grpo[-max(len(grpo) // 4, MIN_GRPO_STEPS) :]
     sft_steps, grpo_steps = summary["sft_steps"], summary["grpo_steps"]
     sasr, enough = summary["controller"] == "sasr", sft_steps + grpo_steps >= MIN_STEPS

@@ -36,7 +36,7 @@ def evaluate(trainer) -> dict[str, float]:
         if trainer.reference is not None:
             asked = [i for i, answer in enumerate(greedy) if answer]  # a prompt that does not fit has none
             batch = Batch([trainer.task.eval_prompts[i] for i in asked], [greedy[i] for i in asked])
-            with trainer.reference_on_device() as reference:
+            with trainer.on_device(trainer.reference) as reference:
                 scores["kl"] = trainer.budget.retry_on_oom(kl_to_reference, trainer.model, reference, batch)
     trainer.state.reward_failures += sum(answer["failed"] for answer in trainer.answers)
     return scores

@@ -161,7 +161,8 @@ def resumed_run(
                 old = config_class(**begun | checkpoint.state["config"] | {"out": written.out})
                 state = read_state(checkpoint, state_class)
         config = dataclasses.replace(written, **overrides)
-        changed = check_resume(old, config, state.step, state.pending is None, overrides, learning_rate)
+        branch = not checkpoint or checkpoint.may_branch(config)
+        changed = check_resume(old, config, state, branch, overrides, learning_rate)
         if changed:
             say(f"resuming with {changed}")
         config = with_files(config, source, overrides, checkpoint)
@@ -174,7 +175,7 @@ def resumed_run(
 
 def with_files(config: RunConfig, source: RunFolder, overrides: dict, checkpoint: Checkpoint | None) -> RunConfig:
     """For a --model that is gone, OUT/model; its weights are in the checkpoint. ValueError names what else is gone."""
-    for name in ("data", "reward"):
+    for name in ("data", "reward", "replay"):
         if (path := path_in(name, getattr(config, name))) and not os.path.exists(path):
             raise ValueError(f"{flag_name(name)} {path}: no such file or folder; {flag_name(name)} names its new place")
     try:
@@ -183,7 +184,9 @@ def with_files(config: RunConfig, source: RunFolder, overrides: dict, checkpoint
         return config
     except ValueError as error:
         own = next((p for n in ("model", "model.old") if (p := source.path / n / "config.json").is_file()), None)
-        if "model" in overrides or not checkpoint or not own:
+        needs_initial = config.kl_coef and config.reference == "initial"
+        lost = not checkpoint or (needs_initial and not checkpoint.keeps_initial)
+        if "model" in overrides or lost or not own:
             raise ValueError(f"{error}; --model names its new place") from None
         say(f"{error}; going on from the run's own {own.parent}, and the weights of its checkpoint")
         return dataclasses.replace(config, model=str(own.parent))

@@ -29,12 +29,13 @@ def memory_plan(setup: Setup) -> dict[str, float]:
 
     sft_tokens = config.sft_batch_size * (task.longest_prompt + task.longest_demonstration)
     grpo_tokens = config.prompts_per_step * task.longest_prompt + rows * task.max_new_tokens
+    frozen = (config.kl_coef > 0) + config.compares_kl
     tokens = min(default_max_tokens(config.tokens_per_microbatch, setup.device), max(sft_tokens, grpo_tokens))
     plan = {
         "weights": 4 * parameters,
-        "optimizer": 8 * parameters,
+        "optimizer": 8 * parameters * (1 + config.separate_moments),
         "sampler's copy": 2 * parameters if cuda else 0,
-        "reference": copy_bytes * parameters if config.kl_coef and not (cuda and config.offload_reference) else 0,
+        "reference": frozen * copy_bytes * parameters * (not (cuda and config.offload_reference)),
         "rollout cache": cache + rows * draws,
     }
     stays = sum(plan.values())

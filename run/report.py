@@ -1,6 +1,7 @@
 """What the user sees: the headline, the progress line, the tables at the end, and where a result came from."""
 
 import contextlib
+import math
 import platform
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from baselines import METHODS, Group, Method
 
 from .config import RunConfig
 from .setup import Setup
@@ -97,21 +100,24 @@ def dropped_report(setup: Setup) -> list[str]:
 def progress_line(config: RunConfig, state, record: dict) -> str:
     """One line of a terminal; reward and accuracy stay until there are newer ones."""
     p = f"p_sft {record['p_sft']:.2f}" if "p_sft" in record else "warm-up"
+    p = f"sft {record['sft_share']:.2f}  " if record["kind"] == "mixed" and "sft_share" in record else p
     reward = "" if state.reward is None else f"reward {state.reward:.2f} "
     accuracy = f"accuracy {state.scores['accuracy']:.1%} " if state.scores else ""
     skipped = f"skipped {state.grpo_skipped} " if state.grpo_skipped else ""
-    start = f"{state.step}/{config.total_steps} {record['kind']:4} {p} loss {record['loss']:.3f} "
+    start = f"{state.step}/{config.total_steps} {record['kind']:5} {p} loss {record['loss']:.3f} "
     return f"{start}{reward}{skipped}{accuracy}left {clock(seconds_left(config, state))}"
 
 
 def seconds_left(config: RunConfig, state) -> float:
-    """From the mean cost of each kind of step so far; before the first GRPO step its cost is guessed from sizes."""
-    adaptive = state.sft_steps + state.grpo_steps
+    """From the mean cost of each kind of step so far; before the first one with samples its cost is a guess."""
+    with_samples = state.grpo_steps + state.mixed_steps
+    adaptive = state.sft_steps + with_samples
     warmed_up = state.step - adaptive
     sft_cost = (state.seconds["warmup"] + state.seconds["sft"]) / max(warmed_up + state.sft_steps, 1)
     guess = 2 * sft_cost * config.prompts_per_step * config.group_size / config.sft_batch_size
-    grpo_cost = state.seconds["grpo"] / state.grpo_steps if state.grpo_steps else guess
-    prior = {"sft": 1.0, "grpo": 0.0}.get(config.controller, 0.5)  # worth ten steps of evidence
+    grpo_cost = (state.seconds["grpo"] + state.seconds["mixed"]) / with_samples if with_samples else guess
+    mixes = METHODS.get(config.controller, Method).mixes
+    prior = {"sft": 1.0, "grpo": 0.0}.get(config.controller, 0.5) * (not mixes)  # worth ten steps of evidence
     sft_share = (state.sft_steps + 10 * prior) / (adaptive + 10)
     adaptive_cost = sft_share * sft_cost + (1 - sft_share) * grpo_cost
     evaluations = config.evaluation_steps
@@ -130,10 +136,12 @@ def closing_table(summary: dict) -> str:
     for label, suffix in (("in domain", ""), ("out of domain", "_ood")):
         shares = [summary.get(f"accuracy_{at}{suffix}") for at in ("before", "warmup", "final")]
         lines.append(row(label, ["-" if share is None else f"{share:.1%}" for share in shares]))
-    steps = [summary["warmup_steps"], summary["sft_steps"], summary["grpo_steps"]]
-    seconds = [*(summary[f"seconds_{kind}"] for kind in ("warmup", "sft", "grpo", "eval")), summary["seconds"]]
-    lines += ["", row("", ["warm-up", "SFT", "GRPO", "eval", "all"]), row("steps", [*steps, "", sum(steps)])]
-    lines.append(row("of these without signal", ["", "", summary["grpo_skipped"]]))
+    kinds = ["sft", "grpo", *(["mixed"] if summary["mixed_steps"] else [])]
+    steps = [summary["warmup_steps"], *(summary[f"{kind}_steps"] for kind in kinds)]
+    seconds = [*(summary[f"seconds_{kind}"] for kind in ("warmup", *kinds, "eval")), summary["seconds"]]
+    names = ["warm-up", "SFT", "GRPO", "mixed"][: len(steps)]
+    lines += ["", row("", [*names, "eval", "all"]), row("steps", [*steps, "", sum(steps)])]
+    lines.append(row("of these without signal", [""] * (len(steps) - 1) + [summary["grpo_skipped"]]))
     lines.append(row("seconds", [f"{s:.1f}" for s in seconds]))
     dropped, failed = summary["bad_steps"], summary["reward_failures"]
     if dropped or failed:
@@ -142,6 +150,46 @@ def closing_table(summary: dict) -> str:
     if summary["diagnosis"]:
         lines += ["", "what looks wrong (means are over the last quarter of the GRPO steps)"]
     return "\n".join([*lines, *(f"- {finding}" for finding in summary["diagnosis"])])
+
+
+def measure_rollout(groups: list[Group]) -> dict[str, float | None]:
+    """What the line of a step says of its samples, before there is an update."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = torch.tensor([group.rewards() for group in groups])  # [Q, G]
+    correct = torch.tensor([s.grade.correct for s in samples]).view_as(rewards)  # [Q, G]
+    tokens, count = sum(len(s.tokens) for s in samples), len(samples)
+    ratios = ("ratio_mean", "ratio_max", "clip_fraction", "clip_low_fraction", "clip_high_fraction")
+    return {
+        "loss": 0.0,
+        "grad_norm": 0.0,
+        "tokens": tokens,
+        "reward_failures": sum(s.grade.failed for s in samples),
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std(dim=1, correction=0).mean().item(),
+        "zero_variance_fraction": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),  # of the groups
+        "all_right_fraction": correct.all(dim=1).float().mean().item(),
+        "all_wrong_fraction": (~correct.any(dim=1)).float().mean().item(),
+        "completion_length": tokens / count,
+        "truncated_fraction": 1 - sum(s.finished for s in samples) / count,
+        "unparsed_fraction": 1 - sum(s.grade.well_formed for s in samples) / count,
+    } | dict.fromkeys(
+        (*ratios, "kl", "entropy", "sampler_gap", "padding_fraction", "tokens_read")
+    )  # null without an update
+
+
+def measure_mixing(groups: list[Group], weight: float) -> dict[str, float]:
+    """The weight of SFT, or the share of prompts whose demonstration is learnt; for how many one was missing."""
+    missing = sum(group.asked and group.demonstration is None for group in groups)
+    learnt = sum(bool(group.sft) or (group.asked and group.demonstration is not None) for group in groups)
+    return {"sft_share": weight or learnt / len(groups), "without_demonstration": missing}
+
+
+def rollout_fault(groups: list[Group]) -> str:
+    """What failed altogether, or ""; infinite or NaN, the model itself gave no probabilities."""
+    samples = [sample for group in groups for sample in group.samples]
+    if not math.isfinite(sum(sum(s.logprobs) for s in samples)):
+        return "the sampler's probabilities are not finite"
+    return "the verifier failed for every completion" if all(s.grade.failed for s in samples) else ""
 
 
 def score_table(scores: dict[str, float], title: str) -> list[str]:
@@ -164,7 +212,7 @@ def summarise(trainer, out: Path) -> dict:
         | {name: getattr(config, name) for name in ("controller", "task", "verifier", "seed", "warmup_steps")}
         | {name: getattr(state, name) for name in ("sft_steps", "grpo_steps", "bad_steps", "reward_failures", "scores")}
         | {"config_hash": config.hash(), "g_warmup": trainer.controller.g_warmup, "out": str(out)}
-        | {"grpo_skipped": state.grpo_skipped}
+        | {"grpo_skipped": state.grpo_skipped, "mixed_steps": state.mixed_steps}
         | {"seconds": sum(state.seconds.values()), **{f"seconds_{kind}": s for kind, s in state.seconds.items()}}
         | provenance(trainer.device)
     )

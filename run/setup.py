@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from baselines import may_choose_sft
 from data import OOD_TASKS, Task, generated_task, load_task, load_task_spec
+from data.batch import shuffled
 from data.isolated import IsolatedVerifier
 from data.tokenized import TokenizedTask
 from data.tokenizer import Codec
@@ -50,6 +52,8 @@ class Setup:
         self.ood_task = tokenize(ood_task) if ood_task else None
         if config.total_steps:
             self.task.check_prompts()
+        if config.total_steps and not all(of for of, share in self.prompt_kinds() if share):
+            raise ValueError(f"--demonstrated-share {config.demonstrated_share:g}: {task.name} has no such prompts")
         if config.warmup_steps:
             self.warmup_task.check_demonstrations()
         if may_choose_sft(config):
@@ -65,6 +69,27 @@ class Setup:
             longest = max(t.context for t in (self.task, self.warmup_task, self.ood_task) if t)
             tokens, end = self.codec.tokenizer.get_vocab_size(), self.codec.stop_token_ids[0]
             self.shape = ModelConfig.small(tokens, config.hidden_size, config.layers, config.heads, longest, end)
+
+    def prompt_kinds(self) -> list[tuple[Sequence[int], float]]:
+        """Which training prompts are drawn, and their share: any; or those with a demonstration and those without."""
+        found, share = self.task.demonstration_of, self.config.demonstrated_share
+        if share < 0:
+            return [(range(len(found)), 1.0)]
+        shown, others = ([i for i, d in enumerate(found) if (d is not None) == has] for has in (True, False))
+        return [(shown, share), (others, 1 - share)]
+
+    def draw_prompts(self, number: int) -> list[int]:
+        """Batch number 0, 1, ... of the training prompts, each kind in an order of its own.
+
+        Where a share is no whole number of prompts, batches differ by one, so that over several of them it is exact.
+        """
+        seed, size, ((first, share), *others) = self.config.seed, self.config.prompts_per_step, self.prompt_kinds()
+        start, end = (round(n * size * share) for n in (number, number + 1))
+        drawn = [first[i] for i in shuffled(len(first), start, end - start, seed, "prompts")]
+        for rest, _ in others:
+            start, count = number * size - start, size - len(drawn)
+            drawn += [rest[i] for i in shuffled(len(rest), start, count, seed, "prompts")]
+        return drawn
 
     def make_model(self) -> Transformer:
         """With the weights of --model, or random ones, which are the same for the same seed."""

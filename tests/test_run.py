@@ -104,7 +104,7 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     records = lines(tmp_path / "x")
     assert [r["step"] for r in records] == list(range(1, 15))
     assert [r["phase"] for r in records] == ["warmup"] * 4 + ["adaptive"] * 10
-    everywhere = {"step", "phase", "kind", "loss", "grad_norm", "lr", "tokens", "padding_fraction"}
+    everywhere = {"step", "phase", "kind", "loss", "grad_norm", "lr", "tokens", "padding_fraction", "tokens_read"}
     adaptive = {"p_sft", "alpha", "sft_norm", "sft_norm_age"}
     grpo = {"reward_mean", "reward_std", "zero_variance_fraction", "completion_length", "truncated_fraction"}
     grpo |= {"kl", "entropy", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean", "ratio_max"}
@@ -219,10 +219,10 @@ def test_clock(seconds, text):
 
 def test_the_time_left_counts_steps_and_evaluations_still_to_come():
     config = sasr.Config(warmup_steps=10, steps=10, eval_every=0, controller="alternate")
-    seconds = {"warmup": 10.0, "sft": 2.0, "grpo": 6.0, "eval": 8.0}
+    seconds = {"warmup": 10.0, "sft": 2.0, "grpo": 6.0, "mixed": 0.0, "eval": 8.0}
     state = sasr.State(step=14, sft_steps=2, grpo_steps=2, seconds=seconds)  # 1 s an SFT step, 3 s a GRPO step
     assert seconds_left(config, state) == pytest.approx(6 * 2 + 4)  # 6 steps at 2 s, one evaluation at 4 s
-    state = sasr.State(step=1, seconds={"warmup": 1.0, "sft": 0.0, "grpo": 0.0, "eval": 60.0})
+    state = sasr.State(step=1, seconds={"warmup": 1.0, "sft": 0.0, "grpo": 0.0, "mixed": 0.0, "eval": 60.0})
     assert seconds_left(config, state) < 9 + 10 * 8 + 2 * 60 + 1
 
 
@@ -355,11 +355,12 @@ def test_with_resampled_groups_too_a_resumed_run_draws_the_same_prompts(tmp_path
 def test_a_checkpoint_has_the_keys_that_earlier_versions_wrote_and_read(whole):
     """Runs outlive the code that began them, so what is in their files keeps its names."""
     checkpoint = RunFolder(whole).find_checkpoint()
-    assert set(checkpoint.state) == {"state", "controller", "fingerprint", "config", "config_hash", "metrics_bytes"}
+    keys = {"state", "controller", "fingerprint", "config", "config_hash", "metrics_bytes"}
+    assert set(checkpoint.state) == keys | {"method"}
     state = "step sft_steps grpo_steps norm_step bad_steps bad_in_a_row reward_failures seconds accuracy scores reward"
-    added = {"grpo_skipped", "extra_rollouts"}  # a run without them is resumed all the same
+    added = {"grpo_skipped", "extra_rollouts", "mixed_steps", "warmup_sft"}  # a run without them goes on all the same
     assert set(checkpoint.state["state"]) == {*state.split(), "unlogged"} | added
-    assert set(checkpoint.state["state"]["seconds"]) == {"warmup", "sft", "grpo", "eval"}
+    assert set(checkpoint.state["state"]["seconds"]) == {"warmup", "sft", "grpo", "mixed", "eval"}
     assert set(checkpoint.state["controller"]) == {"g_warmup", "g_last", "warmup_norms"}
     values = checkpoint.state["config"]
     date = {"template_date": values["template_date"]}  # when it began

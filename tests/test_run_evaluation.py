@@ -30,6 +30,7 @@ import run.evaluation
 import run.memory
 import run.setup
 import sasr
+from baselines import Group
 from data import Example, Grade, Task
 from data.batch import Batch, micro_batches
 from data.tokenized import TokenizedTask
@@ -337,8 +338,9 @@ def trainer_on(task, codec, monkeypatch, **changes):
 
 
 def rewards_of(trainer, completions, chosen):
-    rollout = Rollout(completions, [[0.0] * len(ids) for ids in completions], [True] * len(completions))
-    return sasr.compute_rewards(trainer, sasr.grade_rollout(trainer, chosen, rollout), {})
+    groups = [Group(i, trainer.task.train_prompts[i], [], None) for i in chosen]
+    sasr.add_samples(trainer, groups, completions, [[0.0] * len(ids) for ids in completions], [True] * len(completions))
+    return torch.tensor([group.rewards() for group in groups])
 
 
 def echo_task():
@@ -860,7 +862,7 @@ trainer.state.finish_step(trainer.step(), 0.0)
 record = {}
 sasr.grpo_step(trainer, record)
 assert record["grad_norm"] > 0
-sasr.sft_step(trainer, record, lambda norm: None)  # beside the cache that the rollout leaves
+sasr.sft_step(trainer, record)  # beside the cache that the rollout leaves
 print(plan, resident("VmHWM") - before)
 """
     values = {"task": "countdown:train_size=200,test_size=8", "ood_task": "none", "eval_every": 0, "device": "cpu"}

@@ -537,7 +537,7 @@ def test_after_out_of_memory_nothing_of_the_gradient_stays_in_memory(call):
 
     def attempt():
         with storages, contextlib.suppress(torch.OutOfMemoryError):
-            sasr.accumulate_gradient(model, batch, objective, sasr.Config(), 1000)
+            sasr.accumulate_gradient(model, [sasr.Part(batch, objective)], sasr.Config(), 1000)
 
     model.model["layers"][0].mlp.register_forward_pre_hook(count_calls)
     storages = NewStorages(model)
@@ -940,9 +940,9 @@ def test_a_vocabulary_of_one_token_has_one_thing_to_say():
     assert drawn.completions == [[0, 0, 0]] * 4
     assert all(logprob == 0 for row in drawn.logprobs for logprob in row)
     batch = Batch([[0]], [[0, 0]], advantages=torch.zeros(1))
-    stats = sasr.accumulate_gradient(model.requires_grad_(), batch, sasr.sft_objective, sasr.Config(), 100)
+    stats = sasr.accumulate_gradient(model.requires_grad_(), [sasr.Part(batch, sasr.sft_objective)], sasr.Config(), 100)
     assert (stats["loss"], stats["grad_norm"]) == (0, 0)
-    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, sasr.Config(), 100)
+    stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.grpo_objective)], sasr.Config(), 100)
     assert (stats["loss"], stats["grad_norm"], stats["entropy"]) == (0, 0, 0)
 
 
@@ -972,7 +972,7 @@ def test_an_empty_demonstration_teaches_to_stop(tmp_path):
     assert sasr.main(arguments) == 2  # a demonstration without text is most likely a mistake
     trainer = sasr.Trainer(config(tmp_path / "x"))
     batch = Batch([[1, 2]], [list(trainer.codec.stop_token_ids)])
-    stats = sasr.accumulate_gradient(trainer.model, batch, sasr.sft_objective, trainer.config, 100)
+    stats = sasr.accumulate_gradient(trainer.model, [sasr.Part(batch, sasr.sft_objective)], trainer.config, 100)
     assert 0 < stats["grad_norm"] < math.inf
 
 
@@ -1035,7 +1035,7 @@ def test_two_equal_steps_on_a_card_have_the_same_gradients_to_the_bit(checkpoint
         completions = [torch.randint(40, (n,), generator=generator).tolist() for n in (300, 201, 17) * 8]
         batch = Batch([prompt for prompt in prompts for _ in range(8)], completions)
         for kind in (batch, Batch(prompts, completions[:3])):  # with prompts that are shared, and sequences read whole
-            sasr.accumulate_gradient(trainer.model, kind, sasr.sft_objective, trainer.config, 10_000)
+            sasr.accumulate_gradient(trainer.model, [sasr.Part(kind, sasr.sft_objective)], trainer.config, 10_000)
             gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
     for first, again in zip(gradients[:2], gradients[2:], strict=True):
         assert all(torch.equal(first[name], again[name]) for name in first)
@@ -1078,7 +1078,7 @@ values = st.one_of(st.integers(), st.floats(), st.text(max_size=5), st.booleans(
 def test_any_configuration_is_one_or_names_its_flag(changes):
     reason = None
     try:
-        sasr.make_controller(sasr.Config(**changes))
+        sasr.make_method(sasr.Config(**changes))
     except ValueError as error:
         reason = str(error)
     assert reason is None or any(f"--{name.replace('_', '-')}" in reason for name in changes)

@@ -204,13 +204,15 @@ WHOLE = 10_000  # tokens at once: the batch is one micro-batch
 
 def test_sft_is_the_token_mean_of_the_negative_log_likelihood():
     model, batch = tiny_model(), ragged_batch()
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), WHOLE)
+    stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(**FREE), WHOLE)
     assert_same_gradient(model, stats, -torch.cat(logprobs_by_hand(model, batch)).mean())
 
 
 def test_dft_gradient_is_minus_p_times_grad_log_p():
     model, batch = tiny_model(), ragged_batch()
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(sft_loss="dft", **FREE), WHOLE)
+    stats = sasr.accumulate_gradient(
+        model, [sasr.Part(batch, sasr.sft_objective)], Config(sft_loss="dft", **FREE), WHOLE
+    )
     logprobs = torch.cat(logprobs_by_hand(model, batch))
     expected = [torch.zeros_like(p) for p in model.parameters()]
     for logprob in logprobs:
@@ -235,7 +237,7 @@ def grpo_batch(temperature=1.0):
 def test_grpo_is_the_clipped_objective_with_k3():
     model, batch = tiny_model(), grpo_batch(temperature=0.8)
     config = Config(clip_low=0.2, clip_high=0.3, kl_coef=0.1, **FREE)
-    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, config, WHOLE)
+    stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.grpo_objective)], config, WHOLE)
     total, low, high, kl, ratios = 0.0, 0, 0, 0.0, []
     old_parts, ref_parts = (
         flat.split(list(map(len, batch.completions))) for flat in (batch.old_logprobs, batch.ref_logprobs)
@@ -264,7 +266,7 @@ def test_grpo_is_the_clipped_objective_with_k3():
 
 def test_on_policy_grpo_is_the_policy_gradient():
     model, batch = tiny_model(), ragged_batch(advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
-    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, Config(**FREE), WHOLE)
+    stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.grpo_objective)], Config(**FREE), WHOLE)
     weighted = [a * part for a, part in zip(batch.advantages, logprobs_by_hand(model, batch), strict=True)]
     expected = gradients(model, -torch.cat(weighted).sum() / tokens_of(batch))
     assert stats["grad_norm"] == pytest.approx(norm(expected), rel=1e-9)
@@ -284,7 +286,7 @@ def test_grpo_with_the_mean_of_each_completion_by_hand(budget):
     model, batch = tiny_model(), ragged_batch(advantages=torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, -2.0, 1.5]))
     batch.denominators = sasr.loss_denominators(batch.completions, "grpo", 12)
     max_tokens = default_max_tokens(budget, torch.device("cpu"))
-    stats = sasr.accumulate_gradient(model, batch, sasr.grpo_objective, Config(**FREE), max_tokens)
+    stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.grpo_objective)], Config(**FREE), max_tokens)
     means = [a * part.mean() for a, part in zip(batch.advantages, logprobs_by_hand(model, batch), strict=True)]
     expected = gradients(model, -sum(means) / len(means))
     for parameter, wanted in zip(model.parameters(), expected, strict=True):
@@ -300,10 +302,11 @@ def test_the_cut_into_micro_batches_changes_nothing(objective, budget):
     config = Config(sft_loss="dft" if objective == "dft" else "nll", kl_coef=0.1, **FREE)
     results = []
     for tokens in (WHOLE, budget):
-        stats = sasr.accumulate_gradient(model, batch, function, config, tokens)
+        stats = sasr.accumulate_gradient(model, [sasr.Part(batch, function)], config, tokens)
         results.append((stats, [p.grad.clone() for p in model.parameters()]))
     (whole, whole_grads), (cut, cut_grads) = results
     assert cut.pop("padding_fraction") <= whole.pop("padding_fraction") < 1
+    assert cut.pop("tokens_read") <= whole.pop("tokens_read")
     assert cut == pytest.approx(whole, rel=1e-9)
     torch.testing.assert_close(cut_grads, whole_grads, rtol=1e-9, atol=1e-12)
 
@@ -312,7 +315,9 @@ def test_in_fp32_too_the_cut_changes_less_than_1e_5():
     model, batch = tiny_model().float(), ragged_batch()
     norms = []
     for tokens in (WHOLE, 1):
-        norms.append(sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), tokens)["grad_norm"])
+        norms.append(
+            sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(**FREE), tokens)["grad_norm"]
+        )
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
@@ -326,44 +331,47 @@ def test_a_prompt_is_read_once_for_its_completions(monkeypatch):
     )
     prompts = [[1, 2, 3, 4], [5, 6]]
     batch = Batch([prompts[i // 3] for i in range(6)], [[7], [8, 9], [7, 8, 9], [4, 4], [9], [3, 2, 1]])
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), WHOLE)
+    stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(), WHOLE)
     assert read == [(2, 4), (6, 2)]  # both prompts, and what precedes the last tokens of the completions
     assert stats["padding_fraction"] == pytest.approx((2 + 6) / (2 * 4 + 6 * 2))
     read.clear()
     batch = Batch([[1, 2], [1, 2]], [[3], [4]])
-    sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), WHOLE)
+    sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(), WHOLE)
     assert read == [(1, 2)]  # completions of one token have nothing to read
 
 
 def test_the_norm_is_taken_before_clipping_and_the_gradient_after():
     model, batch = tiny_model(), ragged_batch()
-    free = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), WHOLE)["grad_norm"]
-    clipped = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(max_grad_norm=free / 10), WHOLE)
+    free = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(**FREE), WHOLE)["grad_norm"]
+    clipped = sasr.accumulate_gradient(
+        model, [sasr.Part(batch, sasr.sft_objective)], Config(max_grad_norm=free / 10), WHOLE
+    )
     assert clipped["grad_norm"] == pytest.approx(free)
     assert norm([p.grad for p in model.parameters()]) == pytest.approx(free / 10, rel=1e-4)
 
 
 def test_an_empty_completion_adds_nothing_and_no_nan():
     model, batch = tiny_model(), ragged_batch()
-    expected = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), WHOLE)
+    expected = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(**FREE), WHOLE)
     batch.prompts.append([1, 2])
     batch.completions.append([])
-    found = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(**FREE), 1)
-    assert found == pytest.approx(expected | {"padding_fraction": found["padding_fraction"]})
+    found = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(**FREE), 1)
+    of_the_cut = {key: found[key] for key in ("padding_fraction", "tokens_read")}
+    assert found == pytest.approx(expected | of_the_cut)
 
 
 def test_padding_is_the_share_of_tokens_read_that_are_none():
     model = tiny_model()
     batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # 3, 5 and 1 tokens are read, as 3 rows of 5
-    stats = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), WHOLE)
-    assert stats["padding_fraction"] == pytest.approx(1 - 9 / 15)
-    alone = sasr.accumulate_gradient(model, batch, sasr.sft_objective, Config(), 1)
+    stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(), WHOLE)
+    assert (stats["padding_fraction"], stats["tokens_read"]) == (pytest.approx(1 - 9 / 15), 15)
+    alone = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(), 1)
     assert alone["padding_fraction"] == 0
 
 
 def test_logprobs_are_in_the_order_of_the_batch():
     model, batch = tiny_model().float(), ragged_batch(temperature=1.5)
-    logprobs = sasr.compute_logprobs(model, batch, 30)
+    logprobs, _ = sasr.compute_logprobs(model, batch, 30)
     torch.testing.assert_close(logprobs, torch.cat(logprobs_by_hand(model, batch)).detach())
 
 
@@ -435,19 +443,29 @@ def small_trainer(tmp_path, **changes):
 
 def sft_step(trainer):
     """An SFT step that no controller hears of; its record."""
-    record = {}
-    sasr.sft_step(trainer, record, lambda norm: None)
+    record = {"kind": "sft"}
+    controller, trainer.controller = trainer.controller, SasrController()
+    sasr.sft_step(trainer, record)
+    trainer.controller = controller
     return record
 
 
 def grpo_step(trainer):
-    record = {}
-    sasr.grpo_step(trainer, record)
+    record = {"kind": "grpo"}
+    sasr.grpo_step(trainer, record, 0)
     return record
 
 
 def probe(trainer):
-    return sasr.probe(trainer, lambda norm: None)
+    """The norm of a probe that no controller hears of."""
+    controller, trainer.controller = trainer.controller, SasrController()
+    sasr.probe(trainer)
+    heard, trainer.controller = trainer.controller, controller
+    return heard.g_last
+
+
+def samples_of(groups):
+    return [s for group in groups for s in group.samples]
 
 
 def counted(trainer, record):
@@ -488,17 +506,11 @@ def test_leaving_out_completions_without_advantage_does_not_change_the_gradient(
     trainer = small_trainer(tmp_path, max_grad_norm=0.0, loss_aggregation=aggregation)
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     reward_with(trainer, rewards)
-    seen, original = {}, sasr.compute_rewards
-
-    def spy(trainer, samples, record):
-        seen["samples"] = samples
-        return original(trainer, samples, record)
-
-    monkeypatch.setattr(sasr, "compute_rewards", spy)
+    drawn, original = [], sasr.draw_groups
+    monkeypatch.setattr(sasr, "draw_groups", lambda *given: drawn.append(original(*given)) or drawn[-1])
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
     record = grpo_step(trainer)
-    prompts = [trainer.task.train_prompts[s.prompt] for s in seen["samples"]]
-    batch = Batch(prompts, [s.tokens for s in seen["samples"]])
+    batch = Batch.of((group.prompt, s.tokens) for group in drawn[0] for s in group.samples)
     advantages = group_advantages(rewards).flatten()
     weighted = [a * part for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
     loss = {
@@ -540,16 +552,14 @@ def test_groups_without_signal_make_room_for_the_next_prompts(times, groups, kep
     reward_with(trainer, torch.tensor(groups))
     order = sasr.shuffled(len(trainer.task.train), 0, drawn + 2, 0, "prompts")
     record = {}
-    samples, rewards = sasr.draw_groups(trainer, record)
-    assert [s.prompt for s in samples[::3]] == [order[q] for q in kept]
-    assert rewards.tolist() == [groups[q] for q in kept]
-    assert [[s.grade.reward for s in samples[i : i + 3]] for i in range(0, len(samples), 3)] == rewards.tolist()
+    found = sasr.draw_groups(trainer, record, 0)
+    assert [group.index for group in found] == [order[q] for q in kept]
+    assert [[s.grade.reward for s in group.samples] for group in found] == [groups[q] for q in kept]
     assert record["prompts_drawn"] == drawn
     assert record["reward_mean"] == pytest.approx(np.mean(groups))  # of all that was drawn
     counted(trainer, record | {"phase": "adaptive", "kind": "grpo"})
-    assert trainer.state.grpo_skipped == (not kept)
-    following, _ = sasr.draw_groups(trainer, {})  # what was drawn is not drawn again
-    assert times or [s.prompt for s in following[::3]] == order[drawn:]
+    following = sasr.draw_groups(trainer, {}, 0)  # what was drawn is not drawn again
+    assert times or [group.index for group in following] == order[drawn:]
     assert (trainer.state.grpo_steps + trainer.state.extra_rollouts) * 2 >= drawn
 
 
@@ -569,10 +579,9 @@ def test_the_loss_of_a_resampled_batch_is_a_mean_over_the_kept_groups(tmp_path, 
     monkeypatch.setattr(sasr, "draw_groups", lambda *given: drawn.append(original(*given)) or drawn[-1])
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
     record = grpo_step(trainer)
-    (samples, rewards) = drawn[0]
-    batch = Batch([trainer.task.train_prompts[s.prompt] for s in samples], [s.tokens for s in samples])
-    assert len(samples) == 3
-    advantages = group_advantages(rewards).flatten()
+    batch = Batch.of((group.prompt, s.tokens) for group in drawn[0] for s in group.samples)
+    assert len(batch.completions) == 3
+    advantages = group_advantages(torch.tensor([DIFFER])).flatten()
     weighted = [a * part for a, part in zip(advantages, logprobs_by_hand(trainer.model, batch), strict=True)]
     expected = gradients(trainer.model, -torch.cat(weighted).sum() / tokens_of(batch))
     assert record["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
@@ -610,7 +619,7 @@ def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path
     norms, weights = [], []
     for compile_it in (False, True):
         trainer = small_trainer(tmp_path, compile=compile_it, gradient_checkpointing=checkpointing, kl_coef=0.1)
-        trainer.freeze_reference()
+        trainer.reference = trainer.frozen_copy()
         reward_with(trainer, torch.arange(6.0).view(2, 3) % 3)
         norms.append([take(trainer)["grad_norm"] for take in (sft_step, grpo_step, sft_step)])
         weights.append(list(trainer.model.parameters()))
@@ -625,7 +634,7 @@ def test_compiled_training_takes_the_same_steps(backend, checkpointing, tmp_path
 def test_a_probe_measures_on_fresh_demonstrations_and_does_not_step(tmp_path):
     trainer = small_trainer(tmp_path)
     before = [p.clone() for p in trainer.model.parameters()]
-    batch = sasr.demonstrations(trainer, trainer.task, 0, "probe")
+    batch = Batch.of(sasr.demonstrations(trainer, trainer.task, 0, "probe"))
     expected = gradients(trainer.model, -torch.cat(logprobs_by_hand(trainer.model, batch)).mean())
     first = probe(trainer)
     assert first == pytest.approx(norm(expected), rel=1e-4)
@@ -748,7 +757,7 @@ def test_warming_up_on_another_task(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, warmup_task="countdown:train_size=20,test_size=5")
     seen = []
     stats = {"loss": 0.0, "grad_norm": 1.0, "padding_fraction": 0.0}
-    monkeypatch.setattr(sasr, "accumulate_gradient", lambda model, batch, *_: seen.append(batch) or stats)
+    monkeypatch.setattr(sasr, "accumulate_gradient", lambda model, parts, *_: seen.append(parts[0].batch) or stats)
     for step in (2, 3):
         trainer.state.step = step
         sft_step(trainer)

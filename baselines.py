@@ -164,7 +164,7 @@ class Replay(Coin):
             p = [float(record["p_sft"]) for record in records if record["phase"] == "adaptive"]
             if not all(0 <= value <= 1 for value in p) or any(r.get("kind") == "mixed" for r in records):
                 raise ValueError  # a mixture tosses no coin
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its adaptive steps have no p_sft from 0 to 1"
             raise ValueError(f"--replay {config.replay}: {file}: {reason}") from None
         if len(p) < config.steps:
@@ -179,7 +179,8 @@ class Relift(Method):
     """ReLIFT (arXiv 2506.07527; TheRoadQaQ/ReLIFT): an SFT step on what the model cannot solve yet, once it is a batch.
 
     Prompts of which no sample was right are collected, the newest first. In the project the SFT step is of the same
-    iteration, with an Adam (`--separate-moments`), an entropy bonus and a clip of its own; here it is the next step.
+    iteration, with an Adam (`--separate-moments`), an entropy bonus and a clip of its own (1.0, GRPO's is 0.7); here it
+    is the next step.
     """
 
     by_prompt = True
@@ -193,8 +194,7 @@ class Relift(Method):
         return float(len(self.memory["collected"]) >= self.size)
 
     def mix(self, t, groups):
-        failed = [group.index for group in groups if not group.right() and group.ask()]
-        self.memory["collected"] = failed + self.memory["collected"]
+        self.memory["collected"][:0] = [group.index for group in groups if not group.right() and group.ask()]
         return 0.0, 1.0
 
     def take_collected(self):
@@ -366,14 +366,14 @@ METHODS: dict[str, type[Method]] = {"replay": Replay, "relift": Relift, "paralle
 METHODS |= {"chord-phi": ChordPhi, "chord-reward": ChordReward, "rft": Rft, "hpt": Hpt, "luffy": Luffy, "srft": Srft}
 METHODS |= {"uft": Uft}
 # What each project's code sets that is not the decision. ReLIFT and Unify-Post-Training (hpt, srft) grew out of LUFFY:
-# no std, a constant divisor, no clip. HPT's gate is 2 for Llama. ReLIFT clips SFT at 1.0.
+# no std, a constant divisor, no clip. HPT's gate is 2 for Llama.
 SHARED = {"temperature": 1.0, "kl_coef": 0.0, "entropy_coef": 0.001, "group_size": 8, "max_grad_norm": 1.0}
 LUFFY = {"advantage": "centered", "loss_aggregation": "dr_grpo", "clip_low": 1.0, "clip_high": 1e6} | SHARED
 USUAL = {"advantage": "zscore", "loss_aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.2} | SHARED
 CHORD = USUAL | {"entropy_coef": 0.0}
 PUBLISHED = {"chord-mu": CHORD, "chord-phi": CHORD | {"mu": 0.1}, "chord-reward": CHORD | {"tau": 0.5}}
 PUBLISHED |= {"luffy": LUFFY, "srft": LUFFY, "hpt": LUFFY | {"gate": 0}}
-PUBLISHED |= {"relift": LUFFY | {"max_grad_norm": 0.7, "separate_moments": True}}
+PUBLISHED |= {"relift": LUFFY | {"separate_moments": True}}
 PUBLISHED |= {"uft": USUAL | {"kl_coef": 0.001, "group_size": 4}}
 
 

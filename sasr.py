@@ -111,7 +111,7 @@ class Config(BaselineConfig):
 
     warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", group="the optimizer (AdamW)")
     lr: float = adaptive(5e-4, "peak learning rate of the adaptive stage")
-    sft_lr: float = adaptive(0.0, "that of its SFT steps; 0: --lr")
+    sft_lr: float = adaptive(0.0, "that of its SFT steps, not of mixed ones; 0: --lr")
     lr_schedule: str = resumable("wsd", "cosine falls in each stage; wsd at the end", choices="constant cosine wsd")
     lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins")
     decay_fraction: float = resumable(0.5, "wsd: share of --steps over which the rate falls; 0: it never does", high=1)
@@ -209,7 +209,7 @@ class Part(NamedTuple):
 
 
 class Trainer(Setup):
-    """What the steps work on. Setup brings config, device, codec (the tokenizer), task, warmup_task and ood_task."""
+    """What the steps work on. Setup brings config, device, codec (the tokenizer), task, warmup_task and ood_tasks."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -244,13 +244,16 @@ class Trainer(Setup):
         sft_step(self, record)
         return record
 
-    def observe(self, measured: dict) -> None:
-        """Tell the controller what an SFT gradient was like; those of the warm-up are kept, for branches."""
+    def observe(self, measured: dict, steps: int) -> None:
+        """Tell the controller of an SFT gradient after so many steps; those of the warm-up are kept, for branches."""
         if self.state.step < self.config.warmup_steps or self.controller.g_warmup is None:
             self.state.warmup_sft.append({key: measured[key] for key in ("grad_norm", "loss")})
             self.controller.observe_warmup(measured[self.config.signal_key])
         elif not self.config.compares_kl:
             self.controller.observe_sft(measured[self.config.signal_key])
+        else:
+            return
+        self.state.norm_step = steps
 
     def keep_policies(self) -> None:
         """Freeze a copy of the model where this is the moment that the reference policy, or --signal kl, refers to."""
@@ -286,7 +289,7 @@ def after_step(trainer: Trainer) -> dict[str, float]:
         state.scores = scores
     for name, at in (("before", 0), ("warmup", config.warmup_steps), ("final", config.total_steps)):
         if state.step == at:
-            found = {ood: scores[f"accuracy{ood}"] for ood in ("", "_ood") if f"accuracy{ood}" in scores}
+            found = {ood: scores[f"accuracy{ood}"] for ood in ("", *trainer.ood_tasks) if f"accuracy{ood}" in scores}
             state.accuracy |= {f"accuracy_{name}{ood}": accuracy for ood, accuracy in found.items()}
     if state.step == config.warmup_steps and trainer.controller.g_warmup is None and may_choose_sft(config):
         probe(trainer)  # there was no warm-up, or every step of it was dropped
@@ -373,8 +376,7 @@ def sft_step(trainer: Trainer, record: dict) -> None:
     batch = Batch.of(next_demonstrations(trainer))
     record["tokens"] = sum(map(len, batch.completions))
     update(trainer, [Part(batch, sft_objective)], record)
-    trainer.observe(record)
-    trainer.state.norm_step = trainer.state.step + 1
+    trainer.observe(record, trainer.state.step + 1)
 
 
 def probe(trainer: Trainer) -> None:
@@ -382,8 +384,7 @@ def probe(trainer: Trainer) -> None:
     part = Part(Batch.of(demonstrations(trainer, trainer.task, trainer.state.step, "probe")), sft_objective)
     stats = trainer.budget.retry_on_oom(accumulate_gradient, trainer.model, [part], trainer.config)
     if math.isfinite(stats["loss"] + stats["grad_norm"]):  # one NaN would stay in every later p_t
-        trainer.observe(stats)
-        trainer.state.norm_step = trainer.state.step
+        trainer.observe(stats, trainer.state.step)
 
 
 def next_demonstrations(trainer: Trainer) -> list[tuple[list[int], list[int]]]:
@@ -608,7 +609,7 @@ def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: T
 
 
 def observe_kl(trainer: Trainer, groups: list[Group]) -> None:
-    """--signal kl: tell the controller how far the policy is from that at the end of the warm-up, in nats a token."""
+    """--signal kl: tell the controller how far the policy is from that after the warm-up, in nats a sampled token."""
     batch = Batch.of((group.prompt, s.tokens) for group in groups for s in group.samples)
     with trainer.on_device(trainer.warmed_up) as warmed_up:
         kl = trainer.budget.retry_on_oom(kl_to_reference, trainer.model, warmed_up, batch)

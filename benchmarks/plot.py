@@ -79,9 +79,13 @@ def picture(runs: list[Path], width: int):
         draw(completions, records, "truncated_fraction", f"{name}: cut off", colour, width)
         draw(completions, records, "unparsed_fraction", f"{name}: no answer found", colour, width, style="--")
         summary = read_summary(run)
-        if summary.get("g_warmup") is not None:
+        if summary.get("g_warmup") is not None and summary.get("signal", "norm") == "norm":
             norms.axhline(summary["g_warmup"], color=colour, linestyle=":", linewidth=1)
-        for suffix, style, label in (("", "o-", "in domain"), ("_ood", "o--", "out of domain")):
+        for suffix, style, label in (
+            ("", "o-", "in domain"),
+            ("_ood", "o--", "out of domain"),
+            ("_ood2", "o:", "out of domain 2"),
+        ):
             steps, values = series(records, f"eval/accuracy{suffix}")
             before = summary.get(f"accuracy_before{suffix}")
             if before is not None:
@@ -107,6 +111,8 @@ def picture(runs: list[Path], width: int):
     norms.set_yscale("log")
     for axis in (rewards, groups, completions):
         axis.set_ylim(0, 1)
+    lowest, highest = rewards.dataLim.intervaly
+    rewards.set_ylim(min(0, lowest), max(1, highest))
     accuracy.set_ylim(0, 100)
     for axis in axes[-1]:
         axis.set_xlabel("step (warm-up shaded)")

@@ -273,7 +273,7 @@ def fingerprint_of(trainer) -> dict[str, str]:
     """SHA-256 of all that goes into the steps, by kind; causes stand before their effects."""
     codec, chat, reward = trainer.codec, trainer.codec.chat, path_in("reward", trainer.config.reward)
     trained = dict.fromkeys((trainer.task, trainer.warmup_task))  # often the same
-    tested = [task for task in (trainer.task, trainer.ood_task) if task]
+    tested = [trainer.task, *trainer.ood_tasks.values()]
     kinds = {
         "reward": [Path(reward).read_bytes()] if reward else [],
         "training examples": (example for task in trained for example in task.source.train),

@@ -29,10 +29,11 @@ def option(default, help: str, *, choices: str | list[str] = "", low: float = 0,
     """A field. group: it begins a group of --help. resumable: it may change on --resume, past steps stay true.
 
     adaptive: it may change as long as no step of the adaptive stage has been taken, which it alone concerns.
+    several: the flag may be given more than once, and its values are words of the field.
     """
     names = tuple(choices.split() if isinstance(choices, str) else choices)
     rules = {"help": help, "choices": names, "low": low, "high": high, "group": "", "resumable": False}
-    return dataclasses.field(default=default, metadata=rules | {"adaptive": False} | more)
+    return dataclasses.field(default=default, metadata=rules | {"adaptive": False, "several": False} | more)
 
 
 resumable = partial(option, resumable=True)
@@ -57,7 +58,9 @@ class RunConfig:
     )
     reward_seconds: float = resumable(10.0, "time limit for a completion: --reward, math-verify, regex", low=0.001)
     reward_on_error: str = resumable("0", "reward where such a verifier raises, hangs or returns no number; or stop")
-    ood_task: str = option("auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder variant of --task")
+    ood_task: str = option(
+        "auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder variant of --task", several=True
+    )
     warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
 
     model: str = resumable("", "checkpoint directory or hub id to start from ('': from scratch)", group="the model")
@@ -255,6 +258,7 @@ def parse_command_line(config_class: type[RunConfig], argv: list[str] | None) ->
     values = vars(make_parser(config_class).parse_args(argv))
     values.pop("debug", None)  # `lifecycle.exit_code` reads it
     mode = values.pop("mode", "train")
+    values = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
     if values.pop("published", False):
         if (controller := values.get("controller")) not in PUBLISHED:
             raise ValueError(f"--published: --controller must be one of {', '.join(PUBLISHED)}")
@@ -291,6 +295,7 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
             values = {"choices": names} if names else {"metavar": spec.type.__name__.upper()}
             if len(names) > 5:  # too many for braces
                 values["metavar"], text = "NAME", f"{text}: {', '.join(names)}"
+            values["action"] = "append" if rules["several"] else "store"
             group.add_argument(flag, type=spec.type, help=text, **values)
     group = parser.add_argument_group("to begin, go on, grade or plan")
     group.add_argument("--preset", choices=tuple(PRESETS), help="values for other flags, which still override them")
@@ -298,7 +303,8 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
     group.add_argument("--published", action="store_true", help=text)
     modes, const = group.add_mutually_exclusive_group(), {"dest": "mode", "action": "store_const"}
     resuming = "go on with the run in this folder, or with --out in a branch of it; what may change: "
-    flags = [[flag_name(s.name) for s in in_order(config_class) if s.metadata[k]] for k in ("resumable", "adaptive")]
+    specs = [spec for spec in in_order(config_class) if spec.metadata["resumable"] or spec.metadata["adaptive"]]
+    flags = [[flag_name(s.name) for s in specs if s.metadata["resumable"] == always] for always in (True, False)]
     before = "; and up to the end of the warm-up: "
     modes.add_argument("--resume", metavar="RUN", help=resuming + ", ".join(flags[0]) + before + ", ".join(flags[1]))
     modes.add_argument("--eval-only", **const, const="eval_only", help="grade --model on the task, train nothing")

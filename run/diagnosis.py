@@ -1,10 +1,12 @@
 """What looks wrong in a run that has ended, each with its number and a flag to try: the end of its closing table.
 
-Means are over the last quarter of the GRPO steps: what was bad at first and got well needs no advice. The thresholds
-are far from what the default runs on both generated tasks end with.
+Means are over the last quarter of the steps with samples: what was bad at first and got well needs no advice. The
+thresholds are far from what the default runs on both generated tasks end with.
 """
 
 import math
+
+from baselines import METHODS, Method
 
 MAX_LINES = 6
 MIN_GRPO_STEPS = 10  # of the last quarter, so that a mean is over some hundred completions
@@ -48,7 +50,9 @@ def diagnose(records: list[dict], summary: dict) -> list[str]:
         told = not math.isnan(right + wrong)  # not by earlier versions
         shares = f" ({right:.0%} are all right, {wrong:.0%} all wrong)" if told else ""
         advice = "a harder --task" if right > wrong else "more --warmup-steps"
-        lines.append(f"{agreeing:.0%} of groups have no signal{shares}: {advice}, or a larger --resample-groups")
+        resamples = not METHODS.get(summary["controller"], Method).by_prompt  # the others refuse the flag
+        advice += ", or a larger --resample-groups" if resamples else ""
+        lines.append(f"{agreeing:.0%} of groups have no signal{shares}: {advice}")
     if sasr and enough and not grpo_steps:
         lines.append(f"none of {sft_steps} adaptive steps was a GRPO step: a larger --gamma")
     if sasr and enough and not sft_steps:
@@ -61,7 +65,9 @@ def diagnose(records: list[dict], summary: dict) -> list[str]:
         lines.append(f"a completion has {entropy:.2f} nats of entropy, so samples repeat: a higher --temperature")
     age = max(numbers(records, "sft_norm_age"), default=0)
     if sasr and age > MAX_AGE:
-        lines.append(f"p_t rested on an SFT gradient norm up to {age} steps old: --probe-every {MAX_AGE // 2}")
+        what = {"norm": "an SFT gradient norm", "loss": "an SFT loss", "kl": "a KL"}[summary.get("signal", "norm")]
+        fix = "a larger --kl-target" if what == "a KL" else f"--probe-every {MAX_AGE // 2}"
+        lines.append(f"p_t rested on {what} up to {age} steps old: {fix}")
     return lines[:MAX_LINES]
 
 

@@ -21,7 +21,7 @@ EVAL_ROWS = 256  # answers that an evaluation draws at once
 
 
 def evaluate(trainer) -> dict[str, float]:
-    """Scores (`scores.scores_of`), also out of domain (`_ood`); the answers go to `trainer.answers`.
+    """Scores (`scores.scores_of`), also out of domain (`_ood`, `_ood2`); the answers go to `trainer.answers`.
 
     With a reference policy also `kl`, from it, over the whole vocabulary: nats per token of the greedy answers.
     """
@@ -30,9 +30,9 @@ def evaluate(trainer) -> dict[str, float]:
         return {}
     with trainer.interrupt.at_once():
         scores, greedy = evaluate_task(trainer, trainer.task, trainer.config.eval_split)
-        if trainer.ood_task is not None:
-            of_ood, _ = evaluate_task(trainer, trainer.ood_task, "ood")
-            scores |= {f"{name}_ood": value for name, value in of_ood.items()}
+        for suffix, task in trainer.ood_tasks.items():
+            of_ood, _ = evaluate_task(trainer, task, suffix.removeprefix("_"))
+            scores |= {f"{name}{suffix}": value for name, value in of_ood.items()}
         if trainer.reference is not None:
             asked = [i for i, answer in enumerate(greedy) if answer]  # a prompt that does not fit has none
             batch = Batch([trainer.task.eval_prompts[i] for i in asked], [greedy[i] for i in asked])

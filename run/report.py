@@ -90,7 +90,7 @@ def dropped_report(setup: Setup) -> list[str]:
         lines.append(f"{too_long} {config.eval_split} prompts are too long and count as wrong answers")
     if not task.evaluated:
         lines.append(f"there are no {config.eval_split} examples, so nothing is evaluated; --eval-split has the other")
-    if config.ood_task == "auto" and not (setup.ood_task or config.data or config.reward):
+    if config.ood_task == "auto" and not (setup.ood_tasks or config.data or config.reward):
         lines.append(f"there is no harder variant of {config.task} to be evaluated on; --ood-task can name one")
     if config.reward:
         lines.append(f"rewards come from {config.reward}, which is run as a program")
@@ -130,10 +130,12 @@ def closing_table(summary: dict) -> str:
     """Accuracies and costs of a finished run, and what looks wrong in it."""
 
     def row(label: str, cells: list) -> str:
-        return f"{label:24}" + "".join(f"{cell:>10}" for cell in cells)
+        return f"{label:24}" + "".join(f"{cell:>9}" for cell in cells)
 
     lines = [row("accuracy", ["before", "warm-up", "final"])]
-    for label, suffix in (("in domain", ""), ("out of domain", "_ood")):
+    of_ood = [key.removeprefix("accuracy_final") for key in summary if key.startswith("accuracy_final_ood")]
+    for suffix in ["", *(of_ood or ["_ood"])]:
+        label = f"out of domain {suffix.removeprefix('_ood')}".rstrip() if suffix else "in domain"
         shares = [summary.get(f"accuracy_{at}{suffix}") for at in ("before", "warmup", "final")]
         lines.append(row(label, ["-" if share is None else f"{share:.1%}" for share in shares]))
     kinds = ["sft", "grpo", *(["mixed"] if summary["mixed_steps"] else [])]
@@ -148,7 +150,7 @@ def closing_table(summary: dict) -> str:
         lines += ["", f"steps dropped: {dropped}; completions for which the verifier failed: {failed}"]
     lines += ["", *score_table(summary["scores"], "final evaluation"), f"written to {summary['out']}"]
     if summary["diagnosis"]:
-        lines += ["", "what looks wrong (means are over the last quarter of the GRPO steps)"]
+        lines += ["", "what looks wrong (means are over the last quarter of the steps with samples)"]
     return "\n".join([*lines, *(f"- {finding}" for finding in summary["diagnosis"])])
 
 
@@ -180,7 +182,7 @@ def measure_rollout(groups: list[Group]) -> dict[str, float | None]:
 def measure_mixing(groups: list[Group], weight: float) -> dict[str, float]:
     """The weight of SFT, or the share of prompts whose demonstration is learnt; for how many one was missing."""
     missing = sum(group.asked and group.demonstration is None for group in groups)
-    learnt = sum(bool(group.sft) or (group.asked and group.demonstration is not None) for group in groups)
+    learnt = sum(bool(group.sft) or any(s.logprobs is None for s in group.samples) for group in groups)
     return {"sft_share": weight or learnt / len(groups), "without_demonstration": missing}
 
 
@@ -196,7 +198,7 @@ def score_table(scores: dict[str, float], title: str) -> list[str]:
     """A line a score, its interval behind it."""
     lines = [f"{title:40}{'share':>8}   95% interval"] if scores else []
     for name, value in scores.items():
-        base, ood = (name.removesuffix("_ood"), "_ood") if name.endswith("_ood") else (name, "")
+        base, ood = (name[: name.index("_ood")], name[name.index("_ood") :]) if "_ood" in name else (name, "")
         low, high = scores.get(f"{base}_low{ood}"), scores.get(f"{base}_high{ood}")
         interval = "" if low is None else f"   {low:.1%} to {high:.1%}"
         text = f"{round(value, 3) + 0.0:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"  # no -0.000
@@ -212,7 +214,7 @@ def summarise(trainer, out: Path) -> dict:
         | {name: getattr(config, name) for name in ("controller", "task", "verifier", "seed", "warmup_steps")}
         | {name: getattr(state, name) for name in ("sft_steps", "grpo_steps", "bad_steps", "reward_failures", "scores")}
         | {"config_hash": config.hash(), "g_warmup": trainer.controller.g_warmup, "out": str(out)}
-        | {"grpo_skipped": state.grpo_skipped, "mixed_steps": state.mixed_steps}
+        | {"grpo_skipped": state.grpo_skipped, "mixed_steps": state.mixed_steps, "signal": config.signal}
         | {"seconds": sum(state.seconds.values()), **{f"seconds_{kind}": s for kind, s in state.seconds.items()}}
         | provenance(trainer.device)
     )

@@ -30,7 +30,7 @@ class Setup:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
             # A warning, no more: on CUDA the cumulative sums of the sampler exist in one form only.
             torch.use_deterministic_algorithms(True, warn_only=True)
-        task, warmup_task, ood_task = load_tasks(config)
+        task, warmup_task, ood_tasks = load_tasks(config)
         self.checkpoint, context = None, math.inf
         if config.model:
             self.checkpoint = resolve_checkpoint(config.model, weights=False)
@@ -49,16 +49,19 @@ class Setup:
         tokenize = partial(TokenizedTask, codec=self.codec, context=context, **limits)
         self.task = tokenize(task, eval_split=config.eval_split)
         self.warmup_task = self.task if warmup_task is task else tokenize(warmup_task)
-        self.ood_task = tokenize(ood_task) if ood_task else None
+        numbers = ["", *map(str, range(2, len(ood_tasks) + 1))]
+        self.ood_tasks = {f"_ood{n}": tokenize(ood) for n, ood in zip(numbers, ood_tasks, strict=False)}
         if config.total_steps:
             self.task.check_prompts()
         if config.total_steps and not all(of for of, share in self.prompt_kinds() if share):
-            raise ValueError(f"--demonstrated-share {config.demonstrated_share:g}: {task.name} has no such prompts")
+            shown = sum(d is not None for d in self.task.demonstration_of)
+            found = f"{shown} of {len(self.task.train)} prompts of {task.name} have a demonstration"
+            raise ValueError(f"--demonstrated-share {config.demonstrated_share:g}: {found}")
         if config.warmup_steps:
             self.warmup_task.check_demonstrations()
         if may_choose_sft(config):
             self.task.check_demonstrations()
-        for tokenized in filter(None, (self.task, self.ood_task)):
+        for tokenized in (self.task, *self.ood_tasks.values()):
             tokenized.check_evaluated(config.eval_examples)
         graded = [] if config.reward else [self.task]  # a user's function is not for trying
         graded += [self.warmup_task] if self.warmup_task is not self.task else []
@@ -66,7 +69,7 @@ class Setup:
         wrong = [check_grades(tokenized, self.codec, learnt) for tokenized in graded if config.total_steps]
         self.notes = [*self.codec.notes, *filter(None, wrong)]
         if not config.model:
-            longest = max(t.context for t in (self.task, self.warmup_task, self.ood_task) if t)
+            longest = max(t.context for t in (self.task, self.warmup_task, *self.ood_tasks.values()))
             tokens, end = self.codec.tokenizer.get_vocab_size(), self.codec.stop_token_ids[0]
             self.shape = ModelConfig.small(tokens, config.hidden_size, config.layers, config.heads, longest, end)
 
@@ -141,8 +144,8 @@ def check_grades(tokenized: TokenizedTask, codec: Codec, learnt: bool, count: in
     raise ValueError("; ".join([every, shown, *(codec.notes or [fix])]))
 
 
-def load_tasks(config: RunConfig) -> tuple[Task, Task, Task | None]:
-    """The task, the task to warm up on (often the same), and the out-of-domain one (or None)."""
+def load_tasks(config: RunConfig) -> tuple[Task, Task, list[Task]]:
+    """The task, the task to warm up on (often the same), and those out of domain."""
     verifier = {"verifier": config.verifier} if config.verifier else {}
     task = load_task_spec(config.task, config.data, config.seed, skip_bad_lines=config.skip_bad_lines, **verifier)
     options = task.verify.keywords
@@ -151,10 +154,9 @@ def load_tasks(config: RunConfig) -> tuple[Task, Task, Task | None]:
         task = dataclasses.replace(task, verify=IsolatedVerifier(task.name, options, config.reward, **limits))
     warmup = generated_task("--warmup-task", config.warmup_task, config.seed) if config.warmup_task else task
     if config.ood_task in ("auto", "none"):
-        ood = harder_task(config, task) if config.ood_task == "auto" else None
-    else:
-        ood = generated_task("--ood-task", config.ood_task, config.seed)
-    return task, warmup, ood
+        harder = harder_task(config, task) if config.ood_task == "auto" else None
+        return task, warmup, [harder] if harder else []
+    return task, warmup, [generated_task("--ood-task", name, config.seed) for name in config.ood_task.split()]
 
 
 def harder_task(config: RunConfig, task: Task) -> Task | None:

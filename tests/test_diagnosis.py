@@ -107,3 +107,8 @@ def test_shares_that_earlier_versions_did_not_measure_are_not_told():
     old = {key: value for key, value in GRPO.items() if key not in ("all_right_fraction", "all_wrong_fraction")}
     (line,) = diagnose([old | {"zero_variance_fraction": 1.0}] * 20, SUMMARY)
     assert line == "100% of groups have no signal: more --warmup-steps, or a larger --resample-groups"
+
+
+def test_a_method_that_decides_prompt_by_prompt_is_not_told_of_a_flag_that_it_refuses():
+    (line,) = found({"zero_variance_fraction": 1.0}, {"controller": "hpt"})
+    assert line.endswith("more --warmup-steps") or line.endswith("a harder --task")

@@ -25,7 +25,7 @@ from data import Grade, knights_knaves
 from data.tokenizer import Codec
 from model import Transformer
 from run.checkpoint import Checkpoint, RunFolder
-from run.config import flag_name
+from run.config import flag_name, parse_command_line
 from run.lifecycle import Interrupt, Stopped
 from run.report import Progress, clock, closing_table, headline, progress_line, provenance, seconds_left
 from run.setup import load_task_spec, load_tasks
@@ -713,10 +713,22 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message, cap
 def test_the_out_of_domain_task_keeps_the_options_of_the_task(task, harder):
     found = load_tasks(sasr.Config(task=task))[2]
     if harder is None:
-        assert found is None
+        assert found == []
     else:
         expected = load_task_spec(f"{task.partition(':')[0]}:{harder}", "", 0)
-        assert (found.test, found.verify.keywords) == (expected.test, expected.verify.keywords)
+        assert [(ood.test, ood.verify.keywords) for ood in found] == [(expected.test, expected.verify.keywords)]
+
+
+def test_there_may_be_two_tasks_out_of_domain(tmp_path):
+    wider, larger = (f"knights-knaves:{option},train_size=1,test_size=4" for option in ("width=3", "people=4"))
+    mode, values = parse_command_line(sasr.Config, ["--ood-task", wider, "--ood-task", larger])
+    assert (mode, values["ood_task"]) == ("train", f"{wider} {larger}")
+    summary = sasr.train(config(tmp_path / "x", ood_task=values["ood_task"], steps=2))
+    numbers = [f"accuracy_{at}{suffix}" for at in ("before", "warmup", "final") for suffix in ("", "_ood", "_ood2")]
+    assert set(numbers) <= set(summary)
+    answers = (tmp_path / "x/samples.jsonl").read_text().splitlines()
+    assert {json.loads(answer)["split"] for answer in answers} == {"test", "ood", "ood2"}
+    assert "out of domain 2" in closing_table(summary)
 
 
 def test_a_task_without_a_harder_variant_is_told(tmp_path):

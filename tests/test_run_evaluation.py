@@ -331,7 +331,7 @@ def byte_codec():
 
 def trainer_on(task, codec, monkeypatch, **changes):
     """A trainer of a small model on a task made here; a token is a byte."""
-    monkeypatch.setattr(run.setup, "load_tasks", lambda config: (task, task, None))
+    monkeypatch.setattr(run.setup, "load_tasks", lambda config: (task, task, []))
     monkeypatch.setattr(run.setup.Codec, "trained_on", lambda texts, size: codec)
     few = {"hidden_size": 16, "layers": 1, "heads": 1, "warmup_steps": 0, "controller": "grpo"}
     return Trainer(Config(**(FEW | few | changes)))
@@ -429,7 +429,7 @@ def test_an_evaluation_in_which_no_prompt_fits_is_refused(monkeypatch):
 
 def test_an_out_of_domain_task_without_examples_is_not_scored(monkeypatch):
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch)
-    trainer.ood_task = TokenizedTask(dataclasses.replace(echo_task(), test=[]), trainer.codec)
+    trainer.ood_tasks = {"_ood": TokenizedTask(dataclasses.replace(echo_task(), test=[]), trainer.codec)}
     scores = run.evaluation.evaluate(trainer)
     assert "accuracy" in scores
     assert not any(name.endswith("_ood") for name in scores)
@@ -859,8 +859,8 @@ def verify(text, example):
 
 trainer.task.source = dataclasses.replace(trainer.task.source, verify=verify)
 trainer.state.finish_step(trainer.step(), 0.0)
-record = {}
-sasr.grpo_step(trainer, record)
+record = {"kind": "grpo"}
+sasr.grpo_step(trainer, record, 1)
 assert record["grad_norm"] > 0
 sasr.sft_step(trainer, record)  # beside the cache that the rollout leaves
 print(plan, resident("VmHWM") - before)

@@ -869,8 +869,8 @@ def test_a_reward_that_does_not_load_in_time_is_named(tmp_path, monkeypatch):
 
 def test_a_reward_replaces_the_puzzles_verifier_and_so_the_harder_variant(tmp_path, reward_file):
     plain = sasr.Config(device="cpu")
-    assert load_tasks(plain)[2] is not None
-    assert load_tasks(dataclasses.replace(plain, reward=reward_file))[2] is None
+    assert load_tasks(plain)[2]
+    assert not load_tasks(dataclasses.replace(plain, reward=reward_file))[2]
 
 
 def test_a_reward_may_be_asked_to_stop_the_run(reward_file):

@@ -790,8 +790,8 @@ def test_empty_splits_are_named(tmp_path):
 def test_out_of_domain_puzzles_could_not_have_been_training_puzzles(tmp_path):
     trainer = small_trainer(tmp_path, task="knights-knaves", ood_task="auto")
     seen = {e.prompt for e in trainer.task.source.train + trainer.task.source.test}
-    assert len(trainer.ood_task.source.test) == 512
-    for example in trainer.ood_task.source.test:
+    assert len(trainer.ood_tasks["_ood"].source.test) == 512
+    for example in trainer.ood_tasks["_ood"].source.test:
         assert example.prompt not in seen
         assert any(line.count(" and ") == 2 or line.count(" or ") == 2 for line in example.prompt.splitlines())
 

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import pytest
 import transformers
 
-from benchmarks import compare, kernels, plot, record, rollout, step
+import sasr
+from benchmarks import compare, kernels, methods, plot, record, rollout, step
 from data import load_task
 
 
@@ -263,3 +264,75 @@ def test_gpu_sh_rehearses_on_a_cpu(arguments, tmp_path):
             (row,) = parts[name]["rows"]
             assert {"aten::mm", "aten::cat"} <= {operation for operation, calls, ms in row["profile"]["operations"]}
     assert done.returncode == 0
+
+
+# ---- The study -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_study(tmp_path, monkeypatch):
+    """Two runs of three steps each, in this process; returns the command lines that were run."""
+    size = {"layers": 1, "hidden_size": 32, "heads": 2, "vocab_size": 300, "max_new_tokens": 8, "sft_batch_size": 4}
+    main = {"task": "knights-knaves:train_size=40,test_size=8", "warmup_steps": 2, "ood_task": "none"} | size
+    monkeypatch.setattr(methods, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.jsonl")
+    monkeypatch.setattr(methods, "WARMUP", {"device": "cpu", "eval_every": 0, "eval_examples": 4, "steps": 0})
+    monkeypatch.setattr(methods, "ADAPTIVE", {"steps": 3, "prompts_per_step": 2, "group_size": 2})
+    jobs = [methods.Job("A", name, 7, {"controller": name, "lr": 1e-3}, main) for name in ("sft", "parallel")]
+    monkeypatch.setitem(methods.STAGES, "A", lambda: jobs)
+    commands = []
+
+    def run(job, *flags):
+        commands.append(list(map(str, flags)))
+        if sasr.main(commands[-1]):
+            raise RuntimeError(f"{job.name}: failed")
+
+    monkeypatch.setattr(methods, "sasr", run)
+    return commands
+
+
+def test_a_study_takes_each_run_once_from_one_warmup(tiny_study, capsys):
+    assert methods.main(["A", "--list"]) == 0
+    assert capsys.readouterr().out == "sft, seed 7\nparallel, seed 7\n"
+    assert methods.main(["A"]) == 0
+    assert [command[0] for command in tiny_study] == ["--out", "--resume", "--resume"]
+    lines = methods.finished()
+    assert set(lines) == {("A", "sft", 7), ("A", "parallel", 7)}
+    sft, parallel = lines.values()
+    assert (sft["kinds"], parallel["kinds"], len(sft["p"])) == ("sss", "mmm", 3)
+    assert sft["curves"]["eval/accuracy"][0] == parallel["curves"]["eval/accuracy"][0]  # after the warm-up
+    assert parallel["curves"]["mixed/sft_share"] == [[10, 0.5, 3]]
+    assert not any(str(methods.RUNS) in json.dumps(line) for line in lines.values()), "a line names a machine's path"
+    assert "parallel" in capsys.readouterr().out
+    assert methods.main(["A"]) == 0
+    assert len(tiny_study) == 3, "what is in is not taken again"
+
+
+def test_a_study_goes_on_after_a_run_that_failed(tiny_study, capsys):
+    methods.STAGES["A"]()[0].adaptive["lr"] = -1.0
+    assert methods.main(["A"]) == 1
+    assert "sft: failed" in capsys.readouterr().err
+    assert set(methods.finished()) == {("A", "parallel", 7)}
+    methods.STAGES["A"]()[0].adaptive["lr"] = 1e-3
+    assert methods.main(["A"]) == 0
+    assert set(methods.finished()) == {("A", "sft", 7), ("A", "parallel", 7)}
+
+
+def test_the_results_of_a_study_name_a_line_that_is_none(tiny_study):
+    methods.RESULTS.write_text('{"stage": "A", "na')
+    with pytest.raises(SystemExit, match=r"methods.jsonl:1: not the line of a run"):
+        methods.main(["A"])
+
+
+def test_the_stage_of_rates_tunes_every_method_equally_often():
+    jobs = methods.STAGES["A"]()
+    controllers = [job.adaptive["controller"] for job in jobs]
+    assert {controllers.count(name) for name in controllers} == {6}
+    assert len({job.key for job in jobs}) == len(jobs)
+    for job in jobs:
+        sasr.Config(**(job.setting | methods.WARMUP | methods.ADAPTIVE | job.adaptive))
+
+
+def test_means_over_windows_by_hand():
+    records = [{"step": 1, "x": 1.0}, {"step": 10, "x": 4.0}, {"step": 11, "x": 3.0}, {"step": 12}]
+    assert methods.windows(records, "x") == [[10, 2.5, 2], [20, 3.0, 1]]

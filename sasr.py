@@ -62,7 +62,7 @@ from data.tokenized import TokenizedTask
 from model import Transformer, completion_hidden
 from rollout import MIN_TEMPERATURE, Rollout, SamplingParams, generate
 from run.config import BaselineConfig, adaptive, option, parse_command_line, resumable
-from run.evaluation import evaluate, evaluate_only, kl_to_reference
+from run.evaluation import evaluate, evaluate_only, kl_of_samples
 from run.lifecycle import Interrupt, Run, exit_code, new_run, resumed_run
 from run.memory import dry_run_report
 from run.report import Progress, closing_table, measure_mixing, measure_rollout, rollout_fault
@@ -423,7 +423,8 @@ def grpo_step(trainer: Trainer, record: dict, t: int) -> None:
     # 1. Sample and reward.
     groups = draw_groups(trainer, record, t)
     if config.compares_kl:
-        observe_kl(trainer, groups)
+        trainer.controller.observe_sft(kl_of_samples(trainer, groups))
+        trainer.state.norm_step = trainer.state.step
     # 2. Compare with the group.
     method.join(groups, partial(add_samples, trainer))
     if method.needs_entropies:
@@ -605,16 +606,7 @@ def grpo_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy: T
     return loss, stats
 
 
-# ============================================================================= for --signal kl, and for mixed steps
-
-
-def observe_kl(trainer: Trainer, groups: list[Group]) -> None:
-    """--signal kl: tell the controller how far the policy is from that after the warm-up, in nats a sampled token."""
-    batch = Batch.of((group.prompt, s.tokens) for group in groups for s in group.samples)
-    with trainer.on_device(trainer.warmed_up) as warmed_up:
-        kl = trainer.budget.retry_on_oom(kl_to_reference, trainer.model, warmed_up, batch)
-    trainer.controller.observe_sft(kl)
-    trainer.state.norm_step = trainer.state.step
+# ============================================================================= mixed steps
 
 
 def measure_entropies(trainer: Trainer, groups: list[Group]) -> None:

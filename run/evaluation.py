@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 import kernels
+from baselines import Group
 from data import Grade
 from data.batch import Batch, micro_batches, rng_for
 from data.tokenized import TokenizedTask
@@ -96,6 +97,13 @@ def kl_to_reference(model: Transformer, reference: Transformer, batch: Batch, ma
             hidden, ref_hidden = completion_hidden(model, micro), completion_hidden(reference, micro)
             total += kernels.exact_kl(hidden, model.head, ref_hidden, reference.head).sum().item()
     return total / max(tokens, 1)
+
+
+def kl_of_samples(trainer, groups: list[Group]) -> float:
+    """How far the policy is from that at the end of the warm-up, in nats a token of its own samples (`--signal kl`)."""
+    batch = Batch.of((group.prompt, sample.tokens) for group in groups for sample in group.samples)
+    with trainer.on_device(trainer.warmed_up) as warmed_up:
+        return trainer.budget.retry_on_oom(kl_to_reference, trainer.model, warmed_up, batch)
 
 
 def evaluate_only(config: RunConfig, make_trainer: Callable) -> None:

@@ -503,13 +503,13 @@ def test_the_loss_may_take_the_place_of_the_norm(tmp_path, window):
 
 
 def test_the_kl_to_the_policy_after_the_warmup_may_take_the_place_of_the_norm(tmp_path, monkeypatch):
-    drawn, observe = [], sasr.observe_kl
+    drawn, measure = [], sasr.kl_of_samples
 
     def watched(trainer, groups):
         drawn.append([(group.prompt, sample.tokens) for group in groups for sample in group.samples])
-        observe(trainer, groups)
+        return measure(trainer, groups)
 
-    monkeypatch.setattr(sasr, "observe_kl", watched)
+    monkeypatch.setattr(sasr, "kl_of_samples", watched)
     flags = {"signal": "kl", "gamma": 3.0, "save_every": 1, "lr": 3e-3}
     sasr.train(config(tmp_path / "x", steps=4, **flags))
     records = adaptive_lines(tmp_path / "x")

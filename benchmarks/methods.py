@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -50,20 +51,33 @@ class Job:
     adaptive: dict
     setting: dict = dataclasses.field(default_factory=lambda: MAIN)
 
+    def __post_init__(self):
+        self.setting = self.setting | {"seed": self.seed}
+
+    @property
+    def flags(self) -> dict:
+        return self.setting | WARMUP | ADAPTIVE | self.adaptive
+
+    def is_that_of(self, line: dict | None) -> bool:
+        """Whether a line is that of this run, and not of one with other flags."""
+        return line is not None and all(line["config"].get(key) == value for key, value in self.flags.items())
+
     @property
     def key(self) -> tuple[str, str, int]:
         return self.stage, self.name, self.seed
 
     @property
     def out(self) -> Path:
-        return RUNS / "-".join([self.stage, str(self.seed), *self.name.split()])
+        return RUNS / "-".join([self.stage, str(self.seed), *self.name.split(), digest(self.flags)])
 
     @property
     def warmup(self) -> Path:
-        return RUNS / f"warmup-{self.setting['task'].replace(':', '-')}-{self.seed}"
+        return RUNS / f"warmup-{self.seed}-{digest(self.setting | WARMUP)}"
 
-    def __post_init__(self):
-        self.setting = self.setting | {"seed": self.seed}
+
+def digest(flags: dict) -> str:
+    """So that a run with other flags has another folder."""
+    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
 
 
 # ----------------------------------------------------------------------------- stages
@@ -195,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="show those that are in, and stop")
     args = parser.parse_args(argv)
     jobs, lines = STAGES[args.stage](), finished()
+    lines = {job.key: lines[job.key] for job in jobs if job.is_that_of(lines.get(job.key))}
     missing = [job for job in jobs if job.key not in lines]
     if args.table or args.list:
         print(table(jobs, lines) if args.table else "\n".join(f"{job.name}, seed {job.seed}" for job in missing))

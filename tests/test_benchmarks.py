@@ -318,6 +318,14 @@ def test_a_study_goes_on_after_a_run_that_failed(tiny_study, capsys):
     assert set(methods.finished()) == {("A", "sft", 7), ("A", "parallel", 7)}
 
 
+def test_a_line_of_other_flags_is_not_that_of_the_run(tiny_study):
+    assert methods.main(["A"]) == 0
+    methods.STAGES["A"]()[0].adaptive["lr"] = 2e-3
+    assert methods.main(["A"]) == 0
+    assert [command[0] for command in tiny_study] == ["--out", "--resume", "--resume", "--resume"]
+    assert methods.finished()["A", "sft", 7]["config"]["lr"] == 2e-3  # the last line counts
+
+
 def test_the_results_of_a_study_name_a_line_that_is_none(tiny_study):
     methods.RESULTS.write_text('{"stage": "A", "na')
     with pytest.raises(SystemExit, match=r"methods.jsonl:1: not the line of a run"):

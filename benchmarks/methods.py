@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/methods.jsonl"
 RUNS = ROOT / "runs/methods"
 
-# The main setting: few demonstrations, which the warm-up uses up (more SFT adds little), and twenty times as many problems.
+# The main setting: few demonstrations, which the warm-up uses up, so that more SFT adds little, and many problems.
 MAIN = {"task": "knights-knaves:demonstrations=200", "warmup_steps": 250, "ood_task": "none"}
 WARMUP = {"device": "cpu", "eval_every": 100, "eval_examples": 512, "save_every": 50, "steps": 0}
 ADAPTIVE = {"steps": 300, "prompts_per_step": 16, "group_size": 8, "decay_fraction": 0.3}

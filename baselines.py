@@ -7,10 +7,10 @@ A method says what step t = 0, 1, ... of the adaptive stage holds:
     by prompt and sample by sample, which it changes in place.
 
 It may also add a hint to a prompt (`hint`) and choose how SFT weighs tokens (`sft_loss`). All else is the same for
-every method: objective, batches, optimizer. What else of loss and group a project's code sets stands in PUBLISHED, and
-`--published` asks for it; not so the optimizer, its rates, sizes of batches, updates a rollout, and the warm-up, which
-none of them has. Where code and paper differ, the code was followed. Where a method asks for a demonstration and the
-prompt has none, it leaves that prompt to GRPO.
+every method: batches, optimizer and, but for what a docstring says, losses. What else of loss and group a project's
+code sets stands in PUBLISHED, and `--published` asks for it; not so the optimizer, its rates, sizes of batches, updates
+a rollout, and the warm-up, which none of them has. Where code and paper differ, the code was followed. Where a method
+asks for a demonstration and the prompt has none, it leaves that prompt to GRPO.
 
 To add a schedule, write a function such as `cosine` and name it in SCHEDULES; to add another method, write a class and
 name it in METHODS. `--controller` then offers it.
@@ -33,7 +33,7 @@ class Sample:
     """A completion, what it is worth, and how much of it is learnt."""
 
     tokens: list[int]
-    logprobs: list[float] | None = None  # as the sampler gave them; None: it is a demonstration
+    logprobs: list[float] | None = None  # as the sampler gave them; None: it is none of this rollout's
     finished: bool = True  # False: cut off at max_new_tokens
     grade: Any = None  # the verifier's: reward, correct, well_formed, failed
     entropy: float = math.nan  # nats a token; only for a method that `needs_entropies`
@@ -47,7 +47,7 @@ class Group:
 
     index: int  # which of the training prompts
     prompt: list[int]
-    hint: list[int]  # what stands behind the prompt of its demonstration
+    hint: list[int]  # a beginning of the demonstration that stands behind the prompt
     demonstration: list[int] | None
     samples: list[Sample] = field(default_factory=list)
     asked: bool = False  # its demonstration was asked for
@@ -60,7 +60,7 @@ class Group:
         return sum(sample.grade.correct for sample in self.samples)
 
     def ask(self) -> bool:
-        """Whether there is a demonstration."""
+        """Ask for the demonstration: whether there is one. Those that are missing are counted."""
         self.asked = True
         return self.demonstration is not None
 
@@ -365,8 +365,8 @@ SCHEDULES |= {"alternate": alternate, "cosine": cosine, "random": random}
 METHODS: dict[str, type[Method]] = {"replay": Replay, "relift": Relift, "parallel": Parallel, "chord-mu": ChordMu}
 METHODS |= {"chord-phi": ChordPhi, "chord-reward": ChordReward, "rft": Rft, "hpt": Hpt, "luffy": Luffy, "srft": Srft}
 METHODS |= {"uft": Uft}
-# What each project's code sets that is not the decision. ReLIFT and Unify-Post-Training (hpt, srft) grew out of LUFFY:
-# no std, a constant divisor, no clip. HPT's gate is 2 for Llama.
+# What each project's code sets beside the decision, or in it as a constant. ReLIFT and Unify-Post-Training (hpt, srft)
+# grew out of LUFFY: no std, a constant divisor, no clip. HPT's gate is 2 for Llama.
 SHARED = {"temperature": 1.0, "kl_coef": 0.0, "entropy_coef": 0.001, "group_size": 8, "max_grad_norm": 1.0}
 LUFFY = {"advantage": "centered", "loss_aggregation": "dr_grpo", "clip_low": 1.0, "clip_high": 1e6} | SHARED
 USUAL = {"advantage": "zscore", "loss_aggregation": "token-mean", "clip_low": 0.2, "clip_high": 0.2} | SHARED

@@ -23,14 +23,14 @@ Why a gradient norm? L_SFT = H(p_data) + KL(p_data || pi_theta), and the first t
 grad L_SFT is the gradient of the divergence from the demonstrations. The norm tends to grow with that divergence: a
 model that has drifted is sent back to its demonstrations, one that has not is left to practise. One batch is noisy.
 
-Two observations keep the code small. Every other way to mix SFT and RL differs only in how it decides
-(`baselines.py`). And both gradients are weighted sums of grad log pi over completion tokens, so one function serves
-both (`update`). The two norms in (1) are comparable because warm-up steps, SFT steps and probes all take them in
-`accumulate_gradient`: for one loss and batch size, per token of the batch, over all parameters, before clipping.
+Two observations keep the code small. Every other way to mix SFT and RL is a decision, at most with another weight or
+shape of a loss (`baselines.py`). And both gradients are weighted sums of grad log pi over completion tokens, so one
+function serves both (`update`). The two norms in (1) are comparable because warm-up steps, SFT steps and probes all
+take them in `accumulate_gradient`: for one loss and batch size, per token of the batch, over all parameters, unclipped.
 
 Where the paper is silent or we depart from it:
   * Which norm, smoothed or not, and gamma are options (`--warmup-norm`, `--current-norm`, `--gamma`), and so is what
-    stands for the divergence: the norm, the SFT loss, or the KL to the policy at the end of the warm-up (`--signal`).
+    stands for the divergence (`--signal`): the norm, the SFT loss or, measured at GRPO steps, the KL since the warm-up.
   * G_last_sft goes stale while GRPO steps run. Its age is logged, and `--probe-every` measures it anew.
   * The loss is a mean over the completion tokens of the whole batch (DAPO, arXiv 2503.14476), not of each sequence.
   * The standard deviation in (4) divides by the group's size, so that a group of one has advantage 0, not NaN.
@@ -39,7 +39,7 @@ Where the paper is silent or we depart from it:
   * Completions are sampled and scored at the same temperature, without top-k or top-p, so that both are the same
     distribution, up to the rounding of the sampler's bf16 copy on CUDA (`sampler_gap` in the metrics).
 
-From the loop down: configuration; the loop; who decides; SFT; GRPO; mixed steps; one update for all; optimizer; flags.
+From the loop down: configuration; the loop; who decides; SFT; GRPO; mixed steps (SASR has none); one update; optimizer.
 """
 
 import contextlib
@@ -80,14 +80,14 @@ class Config(BaselineConfig):
 
     controller: str = adaptive("sasr", "how to mix them", choices=["sasr", *SCHEDULES, *METHODS], group="SFT or GRPO")
     gamma: float = adaptive(1.0, "sasr: weight of the warm-up norm in equation (1); larger means more GRPO")
-    warmup_norm: str = adaptive("last", "sasr: G_warmup: last norm, mean of the last, EMA", choices="last mean ema")
+    warmup_norm: str = adaptive("last", "sasr: G_warmup: last norm, mean of a window, EMA", choices="last mean ema")
     warmup_norm_window: int = adaptive(20, "sasr: steps that --warmup-norm mean averages over", low=1)
     current_norm: str = adaptive("last", "sasr: G_last_sft: last SFT norm, or an EMA", choices="last ema")
     norm_ema: float = adaptive(0.9, "sasr: decay of both EMAs, per norm", high=1)
-    probe_every: int = adaptive(0, "measure G_last_sft anew, without an update, once it is this many steps old; 0: off")
+    probe_every: int = adaptive(0, "steps after which G_last_sft is measured anew, without an update; 0: never")
     signal: str = adaptive("norm", "sasr: what (1) compares: SFT norms, SFT losses, or KL", choices="norm loss kl")
-    kl_target: float = adaptive(0.05, "sasr, --signal kl: K of G_warmup, the KL in nats a token at which p_t is 1/2")
-    separate_moments: bool = adaptive(False, "Adam's moments of GRPO steps apart from those of other steps")
+    kl_target: float = adaptive(0.05, "sasr, --signal kl: stands for G_warmup; KL in nats a token")
+    separate_moments: bool = adaptive(False, "GRPO steps have Adam moments of their own, which begin at zero")
 
     sft_batch_size: int = option(32, "demonstrations per SFT step", low=1, group="SFT")
     sft_loss: str = option("nll", "weight of a token: 1; dft: its probability p; phi: p (1 - p)", choices="nll dft phi")
@@ -95,7 +95,7 @@ class Config(BaselineConfig):
     prompts_per_step: int = adaptive(8, "prompts per GRPO step", low=1, group="GRPO")
     group_size: int = adaptive(8, "completions per prompt", low=1)
     demonstrated_share: float = adaptive(-1.0, "share of prompts with demonstrations; -1: as they come", low=-1, high=1)
-    resample_groups: int = adaptive(0, "times to draw other prompts for groups without a signal (DAPO: 2503.14476)")
+    resample_groups: int = adaptive(0, "times to draw other prompts for groups whose rewards agree (DAPO: 2503.14476)")
     temperature: float = adaptive(1.0, "of the samples; the loss scores the same distribution", low=MIN_TEMPERATURE)
     advantage: str = adaptive("zscore", "(4); centered: undivided; median: +1 or -1", choices="zscore centered median")
     advantage_eps: float = adaptive(1e-4, "eps of equation (4)")
@@ -111,7 +111,7 @@ class Config(BaselineConfig):
 
     warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", group="the optimizer (AdamW)")
     lr: float = adaptive(5e-4, "peak learning rate of the adaptive stage")
-    sft_lr: float = adaptive(0.0, "that of its SFT steps, not of mixed ones; 0: --lr")
+    sft_lr: float = adaptive(0.0, "peak rate of SFT steps after the warm-up; 0: --lr, as mixed steps have")
     lr_schedule: str = resumable("wsd", "cosine falls in each stage; wsd at the end", choices="constant cosine wsd")
     lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins")
     decay_fraction: float = resumable(0.5, "wsd: share of --steps over which the rate falls; 0: it never does", high=1)
@@ -168,7 +168,7 @@ class State:
     grpo_steps: int = 0
     mixed_steps: int = 0
     warmup_sft: list = field(default_factory=list)  # grad_norm and loss of each warm-up step, for branches
-    norm_step: int = 0  # steps done when the controller last got an SFT gradient norm
+    norm_step: int = 0  # steps done when G_last was last measured: a gradient norm, a loss, or the KL of --signal
     bad_steps: int = 0  # dropped: see BadStep
     bad_in_a_row: int = 0
     reward_failures: int = 0  # completions whose verifier failed, evaluations included
@@ -245,7 +245,7 @@ class Trainer(Setup):
         return record
 
     def observe(self, measured: dict, steps: int) -> None:
-        """Tell the controller of an SFT gradient after so many steps; those of the warm-up are kept, for branches."""
+        """Tell the controller of an SFT gradient taken after so many steps; the warm-up's are kept, for branches."""
         if self.state.step < self.config.warmup_steps or self.controller.g_warmup is None:
             self.state.warmup_sft.append({key: measured[key] for key in ("grad_norm", "loss")})
             self.controller.observe_warmup(measured[self.config.signal_key])
@@ -262,7 +262,7 @@ class Trainer(Setup):
             self.reference = self.frozen_copy()
         if config.compares_kl and step == config.warmup_steps:
             self.warmed_up = self.frozen_copy()
-            self.controller.g_warmup, self.controller.g_last = config.kl_target, 0.0  # the KL to itself
+            self.controller.g_warmup, self.controller.g_last = config.kl_target, 0.0  # p_0 = 0: the KL to itself is 0
 
     def frozen_copy(self) -> Transformer:
         """The model of this moment. It is never trained, so on CUDA bf16 is enough."""
@@ -305,7 +305,7 @@ def adaptive_step(trainer: Trainer) -> dict:
     config, state, controller, record = trainer.config, trainer.state, trainer.controller, {"phase": "adaptive"}
     sasr, t = config.controller == "sasr", state.step - config.warmup_steps
     if controller.g_warmup is None and sasr:
-        reason = "no SFT gradient before it was finite, so p_t has no yardstick"
+        reason = "no SFT gradient has been finite so far, so p_t has no yardstick"
         raise BadStep(reason, record, Batch.of(trainer.task.demonstrations[: config.sft_batch_size]), fatal=True)
     if config.probe_every and state.step - state.norm_step >= config.probe_every and trainer.task.demonstrations:
         probe(trainer)
@@ -388,7 +388,7 @@ def probe(trainer: Trainer) -> None:
 
 
 def next_demonstrations(trainer: Trainer) -> list[tuple[list[int], list[int]]]:
-    """Those that the method has collected; else the next of the warm-up, and after it, in one order, of any step."""
+    """A batch: what the method has collected; else the next of the warm-up's, or, in one order, of all later steps'."""
     config, state, task = trainer.config, trainer.state, trainer.task
     if collected := trainer.method.take_collected():
         return [(task.train_prompts[i], task.demonstration_of[i]) for i in collected]
@@ -404,10 +404,10 @@ def demonstrations(trainer: Trainer, task: TokenizedTask, number: int, purpose: 
     return [task.demonstrations[i] for i in chosen]
 
 
-def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy, denominators: Tensor, config, loss=""):
+def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy, denominators: Tensor, config, kind=""):
     """Equation (2). `dft` and `phi` weigh a token by its probability (arXiv 2508.05629, equation 9; 2508.11408)."""
     p = logprobs.detach().exp()
-    weights = {"nll": torch.ones_like(p), "dft": p, "phi": p * (1 - p)}[loss or config.sft_loss]
+    weights = {"nll": torch.ones_like(p), "dft": p, "phi": p * (1 - p)}[kind or config.sft_loss]
     return -(weights * logprobs / denominators).sum(), {}
 
 
@@ -417,7 +417,8 @@ def sft_objective(batch: Batch, micro: MicroBatch, logprobs: Tensor, entropy, de
 def grpo_step(trainer: Trainer, record: dict, t: int) -> None:
     """Sample G completions for each of Q prompts, reward them, follow the advantages. Measures go into `record`.
 
-    `trainer.method` may change what is learnt of the samples, and add demonstrations: see `baselines.py`.
+    t: adaptive steps done. `trainer.method` may change what is learnt of the samples, and add demonstrations
+    (`baselines.py`); for SASR it does nothing.
     """
     config, method = trainer.config, trainer.method
     # 1. Sample and reward.
@@ -434,7 +435,7 @@ def grpo_step(trainer: Trainer, record: dict, t: int) -> None:
     for group, of_group in zip(groups, advantages.tolist(), strict=True):
         for s, advantage in zip(group.samples, of_group, strict=True):
             s.advantage = advantage
-    sft_weight, grpo_weight = method.mix(t, groups)
+    sft_weight, grpo_weight = method.mix(t, groups)  # for SASR 0 and 1
     # 3. What the loss compares with.
     parts = grpo_parts(trainer, groups, grpo_weight)
     if method.mixes or method.by_prompt:
@@ -453,8 +454,8 @@ def grpo_step(trainer: Trainer, record: dict, t: int) -> None:
 def draw_groups(trainer: Trainer, record: dict, t: int) -> list[Group]:
     """The batch: Q prompts with G samples each.
 
-    With --resample-groups N, only groups with a signal (DAPO's dynamic sampling, arXiv 2503.14476): up to N times, Q
-    further prompts are drawn, until Q or more have one. What is left out counts in the measures, but not in the loss.
+    With --resample-groups N, only groups whose rewards differ (DAPO's dynamic sampling, arXiv 2503.14476): up to N
+    times, Q further prompts are drawn, until Q or more do. What is left out counts in the measures, not in the loss.
     """
     config, state, groups = trainer.config, trainer.state, []
     for attempt in range(1 + config.resample_groups):
@@ -473,7 +474,7 @@ def draw_groups(trainer: Trainer, record: dict, t: int) -> list[Group]:
         if len(kept) >= config.prompts_per_step:
             break
     record |= {"prompts_drawn": len(groups), "signal_groups": len(kept)}
-    return [groups[q] for q in kept[: config.prompts_per_step]] if config.resample_groups else groups
+    return [groups[q] for q in kept[: config.prompts_per_step]] if config.resample_groups and kept else groups
 
 
 def next_groups(trainer: Trainer, number: int, t: int) -> list[Group]:
@@ -541,38 +542,38 @@ def grpo_parts(trainer: Trainer, groups: list[Group], weight: float) -> list[Par
     """The samples as a part of the loss, with what it compares them with; nothing where no group has a signal.
 
     Without a KL or an entropy term a completion of advantage 0 has no gradient: it is left out of the update (and of
-    the means of entropy and the like), but counts in the denominators all the same.
+    the means of entropy and the like), but counts in the denominators all the same; so does one of weight 0.
     """
     config, rows = trainer.config, [(group.prompt + group.hint, s) for group in groups for s in group.samples]
     divisors = loss_denominators([s.tokens for _, s in rows], config.loss_aggregation, trainer.task.max_new_tokens)
-    rows = [(*row, divisor) for row, divisor in zip(rows, divisors.tolist(), strict=True) if weight * row[1].weight > 0]
-    rows = [row for row in rows if row[1].advantage != 0 or trainer.reference is not None or config.entropy_coef > 0]
+    every = trainer.reference is not None or config.entropy_coef > 0  # those of advantage 0, too
+    rows = [(prompt, s, d) for (prompt, s), d in zip(rows, divisors.tolist(), strict=True) if every or s.advantage]
+    rows = [row for row in rows if weight * row[1].weight > 0]
     if not any(s.advantage for _, s, _ in rows):
         return []
-    shown, own = ([row for row in rows if (row[1].logprobs is None) == is_shown] for is_shown in (True, False))
-    parts = as_part(trainer, shown, joined_objective, weight)
-    for part in as_part(trainer, own, grpo_objective, weight):
-        sampled = [p for _, s, _ in own for p in s.logprobs]
-        part.batch.sampled_logprobs = torch.tensor(sampled, device=trainer.device)  # [N]
+    own = [row for row in rows if row[1].logprobs is not None]
+    joined = [row for row in rows if row[1].logprobs is None]
+    parts = [as_part(trainer, joined, joined_objective, weight)] if joined else []
+    if own:
+        batch = (part := as_part(trainer, own, grpo_objective, weight)).batch
+        batch.sampled_logprobs = torch.tensor([p for _, s, _ in own for p in s.logprobs], device=trainer.device)  # [N]
         if config.inner_updates > 1:
-            part.batch.old_logprobs, _ = trainer.budget.retry_on_oom(compute_logprobs, trainer.model, part.batch)
+            batch.old_logprobs, _ = trainer.budget.retry_on_oom(compute_logprobs, trainer.model, batch)
         if trainer.reference is not None:
             with trainer.on_device(trainer.reference) as reference:
-                part.batch.ref_logprobs, _ = trainer.budget.retry_on_oom(compute_logprobs, reference, part.batch)
+                batch.ref_logprobs, _ = trainer.budget.retry_on_oom(compute_logprobs, reference, batch)
         parts.append(part)
     return parts
 
 
-def as_part(trainer: Trainer, rows: list, objective: Callable, weight: float, name: str = "") -> list[Part]:
-    """rows: a prompt, its sample, and what the loss of each token is divided by. One part, or, without rows, none."""
-    if not rows:
-        return []
+def as_part(trainer: Trainer, rows: list, objective: Callable, weight: float, name: str = "") -> Part:
+    """rows, one or more: a prompt, its sample, and what the loss of each token is divided by."""
     prompts, samples, divisors = zip(*rows, strict=True)
     denominators = torch.tensor(divisors) / torch.tensor([s.weight for s in samples])  # [B]
     advantages = torch.tensor([s.advantage for s in samples], device=trainer.device)  # [B]
     temperature = 1.0 if name == "sft" else trainer.config.temperature
     batch = Batch(list(prompts), [s.tokens for s in samples], temperature, denominators, advantages)
-    return [Part(batch, objective, weight, name)]
+    return Part(batch, objective, weight, name)
 
 
 def loss_denominators(completions: Sequence[list[int]], aggregation: str, max_new_tokens: int) -> Tensor:
@@ -622,12 +623,13 @@ def sft_part(trainer: Trainer, groups: list[Group], weight: float) -> list[Part]
     """The SFT part of a mixed step, if it has one: the next demonstrations, with a weight, and those in the groups."""
     rows = [row for group in groups for row in group.sft]
     rows += [(*pair, weight) for pair in next_demonstrations(trainer)] if weight > 0 else []
-    largest, tokens = max((w for *_, w in rows), default=1.0), sum(len(completion) for _, completion, _ in rows)
-    rows = [(prompt, Sample(completion, weight=w / largest), tokens) for prompt, completion, w in rows]
-    return as_part(trainer, rows, partial(sft_objective, loss=trainer.method.sft_loss), largest, "sft")
+    scale, tokens = max((w for *_, w in rows), default=1.0), sum(len(completion) for _, completion, _ in rows)
+    rows = [(prompt, Sample(completion, weight=w / scale), tokens) for prompt, completion, w in rows]
+    objective = partial(sft_objective, kind=trainer.method.sft_loss)
+    return [as_part(trainer, rows, objective, scale, "sft")] if rows else []
 
 
-# ============================================================================= one update for both
+# ============================================================================= one update for all
 
 # SFT and GRPO both weigh the log-probs of completions. They share everything here but the objective, which maps the
 # log-probs and entropies [N] of a micro-batch, and what each is divided by, to its part of the loss and to statistics:
@@ -653,7 +655,7 @@ def update(trainer: Trainer, parts: list[Part], record: dict) -> dict:
 
 @strictly_deterministic()
 def accumulate_gradient(model: Transformer, parts: list[Part], config: Config, max_tokens: int) -> dict:
-    """Gradient of a sum of losses, piece by piece, into `.grad`. Returns the sum, its L2 norm, and means over tokens.
+    """Gradient of a sum of losses, piece by piece, into `.grad`. Returns loss, L2 norm, and means over tokens.
 
     The denominators are those of a whole batch, so neither loss nor gradient depends on how it is cut. The norm
     is that of all parameters before clipping, which is what clip_grad_norm_ returns; `.grad` is clipped.
@@ -678,7 +680,7 @@ def accumulate_gradient(model: Transformer, parts: list[Part], config: Config, m
                 else:
                     totals[key] = totals.get(key, 0.0) + value / tokens
         if part.name:  # what this part is like alone, without its weight
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # it is the first, so all is its own
             totals |= {f"loss_{part.name}": totals["loss"] / part.weight, f"grad_norm_{part.name}": norm / part.weight}
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     values = torch.stack([value.double() for value in totals.values()]).tolist()  # the one wait for the device

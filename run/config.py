@@ -166,10 +166,10 @@ class BaselineConfig(RunConfig):
     sft_fraction: float = adaptive(0.5, "random: the constant p_t", high=1)
     mu: float = adaptive(0.1, "chord-phi: the constant weight of SFT", high=1)
     tau: float = adaptive(0.5, "chord-reward: the mean reward from which on SFT has no weight")
-    gate: int = adaptive(0, "hpt: a prompt with at most so many right samples gets SFT")
+    gate: int = adaptive(0, "hpt: number of right samples up to which a prompt gets SFT instead of GRPO")
     buffer: int = adaptive(0, "relift: failed prompts that make an SFT step; 0: --sft-batch-size")
     replay: str = adaptive("", "replay: folder of the run whose p_t are taken", resumable=True)
-    replay_order: str = adaptive("shuffled", "replay: their order", choices="shuffled same")
+    replay_order: str = adaptive("shuffled", "replay: order in which the p_t are taken", choices="shuffled same")
 
     @property
     def compares_kl(self) -> bool:

@@ -415,7 +415,7 @@ def test_a_warmup_of_which_every_step_is_dropped_leaves_the_yardstick_to_a_probe
     monkeypatch.setattr(sasr, "accumulate_gradient", lambda *arguments: original(*arguments) | {"grad_norm": math.nan})
     assert sasr.main([*flags_of(tmp_path / "y"), "--warmup-steps", "2"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "step 3: no SFT gradient before it was finite, so p_t has no yardstick; its batch is in" in line
+    assert "step 3: no SFT gradient has been finite so far, so p_t has no yardstick; its batch is in" in line
 
 
 @pytest.mark.parametrize("controller", ["sft", "grpo"])

@@ -544,7 +544,7 @@ AGREE, DIFFER = [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]
         (3, [DIFFER, DIFFER], [0, 1], 2),
         (3, [AGREE, DIFFER, DIFFER, DIFFER], [1, 2], 4),  # one more than there is room for
         (1, [AGREE, AGREE, AGREE, DIFFER], [3], 4),  # not enough: the batch is smaller
-        (2, [AGREE] * 6, [], 6),
+        (2, [AGREE] * 6, [0, 1, 2, 3, 4, 5], 6),  # none has a signal: the step will be skipped
     ],
 )
 def test_groups_without_signal_make_room_for_the_next_prompts(times, groups, kept, drawn, tmp_path):
@@ -561,6 +561,15 @@ def test_groups_without_signal_make_room_for_the_next_prompts(times, groups, kep
     following = sasr.draw_groups(trainer, {}, 0)  # what was drawn is not drawn again
     assert times or [group.index for group in following] == order[drawn:]
     assert (trainer.state.grpo_steps + trainer.state.extra_rollouts) * 2 >= drawn
+
+
+@pytest.mark.parametrize("changes", [{}, {"controller": "chord-reward"}, {"signal": "kl", "warmup_steps": 0}], ids=str)
+def test_a_step_whose_further_draws_all_agree_is_no_fault(changes, tmp_path):
+    trainer = small_trainer(tmp_path, resample_groups=1, **changes)
+    sasr.after_step(trainer)
+    reward_with(trainer, torch.tensor([AGREE] * 4))
+    assert grpo_step(trainer)["prompts_drawn"] == 4
+    assert trainer.state.grpo_skipped == 1
 
 
 def test_a_further_draw_of_a_step_has_samples_of_its_own(tmp_path):

@@ -18,7 +18,7 @@ name it in METHODS. `--controller` then offers it.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -392,7 +392,7 @@ def may_choose_grpo(config) -> bool:
     return any(p < 1 for p in possible_p(config))
 
 
-def possible_p(config) -> list[float]:
+def possible_p(config) -> Iterator[float]:
     """p_t of each adaptive step of a schedule; where something else decides, 1/2 for all that may come."""
     schedule = SCHEDULES[config.controller](config) if config.controller in SCHEDULES else lambda t: 0.5
-    return [schedule(t) for t in range(config.steps)]
+    return map(schedule, range(config.steps))

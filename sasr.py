@@ -464,12 +464,12 @@ def draw_groups(trainer: Trainer, record: dict, t: int) -> list[Group]:
         rollout = sample(trainer, [group.prompt + group.hint for group in drawn], attempt)
         add_samples(trainer, drawn, rollout.completions, rollout.logprobs, rollout.finished)
         groups += drawn
-        record |= measure_rollout(groups)
+        rewards = torch.tensor([group.rewards() for group in groups])  # [groups drawn, G]
+        record |= measure_rollout(groups, rewards)
         state.reward = record["reward_mean"]
         if fault := rollout_fault(groups):  # of the sampler or the verifier
             batch = Batch.of((group.prompt + group.hint, s.tokens) for group in groups for s in group.samples)
             raise BadStep(fault, record | {"grad_norm": math.nan}, batch)
-        rewards = torch.tensor([group.rewards() for group in groups])  # [groups drawn, G]
         kept = group_advantages(rewards, config.advantage).any(dim=1).nonzero().flatten().tolist()
         if len(kept) >= config.prompts_per_step:
             break

@@ -340,13 +340,14 @@ def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str])
     """Take up a checkpoint and its state. Raises ValueError or KeyError naming what does not fit."""
     check_fingerprint(trainer, checkpoint.state["fingerprint"], fingerprint)
     saved, config, branch = checkpoint.tensors(), trainer.config, checkpoint.may_branch(trainer.config)
-    frozen = {prefix for prefix in FROZEN if any(name.startswith(f"{prefix}.") for name in saved)}
+    prefixes = {name.partition(".")[0] for name in saved}
+    frozen = prefixes & set(FROZEN)
     if branch:  # they are made anew, but for the policy before the first step
         frozen = {"reference"} if config.kl_coef and config.reference == "initial" else set()
     for prefix in frozen:
         setattr(trainer, prefix, trainer.frozen_copy())  # as yet the weights that the run began with
     for prefix, optimizer in optimizers(trainer).items():
-        for p in trainer.model.parameters() if any(name.startswith(f"{prefix}.") for name in saved) else ():
+        for p in trainer.model.parameters() if prefix in prefixes else ():  # not before the first step
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     for name, tensor in named_tensors(trainer).items():

@@ -154,14 +154,14 @@ def closing_table(summary: dict) -> str:
     return "\n".join([*lines, *(f"- {finding}" for finding in summary["diagnosis"])])
 
 
-def measure_rollout(groups: list[Group]) -> dict[str, float | None]:
-    """What the line of a step says of its samples, before there is an update."""
+def measure_rollout(groups: list[Group], rewards: torch.Tensor) -> dict[str, float | None]:
+    """What the line of a step says of its samples and their rewards [Q, G]; null is what an update would measure."""
     samples = [sample for group in groups for sample in group.samples]
-    rewards = torch.tensor([group.rewards() for group in groups])  # [Q, G]
     correct = torch.tensor([s.grade.correct for s in samples]).view_as(rewards)  # [Q, G]
     tokens, count = sum(len(s.tokens) for s in samples), len(samples)
-    ratios = ("ratio_mean", "ratio_max", "clip_fraction", "clip_low_fraction", "clip_high_fraction")
-    return {
+    of_updates = "ratio_mean ratio_max clip_fraction clip_low_fraction clip_high_fraction kl entropy sampler_gap"
+    of_updates = [*of_updates.split(), "padding_fraction", "tokens_read"]
+    return dict.fromkeys(of_updates) | {
         "loss": 0.0,
         "grad_norm": 0.0,
         "tokens": tokens,
@@ -174,9 +174,7 @@ def measure_rollout(groups: list[Group]) -> dict[str, float | None]:
         "completion_length": tokens / count,
         "truncated_fraction": 1 - sum(s.finished for s in samples) / count,
         "unparsed_fraction": 1 - sum(s.grade.well_formed for s in samples) / count,
-    } | dict.fromkeys(
-        (*ratios, "kl", "entropy", "sampler_gap", "padding_fraction", "tokens_read")
-    )  # null without an update
+    }
 
 
 def measure_mixing(groups: list[Group], weight: float) -> dict[str, float]:

@@ -49,8 +49,7 @@ class Setup:
         tokenize = partial(TokenizedTask, codec=self.codec, context=context, **limits)
         self.task = tokenize(task, eval_split=config.eval_split)
         self.warmup_task = self.task if warmup_task is task else tokenize(warmup_task)
-        numbers = ["", *map(str, range(2, len(ood_tasks) + 1))]
-        self.ood_tasks = {f"_ood{n}": tokenize(ood) for n, ood in zip(numbers, ood_tasks, strict=False)}
+        self.ood_tasks = {f"_ood{n if n > 1 else ''}": tokenize(ood) for n, ood in enumerate(ood_tasks, start=1)}
         if config.total_steps:
             self.task.check_prompts()
         if config.total_steps and not all(of for of, share in self.prompt_kinds() if share):

@@ -227,7 +227,7 @@ class Trainer(Setup):
         self.samplers: dict = {}  # buffers and CUDA graphs, kept from one rollout to the next
         self.chunks = 1  # the largest number of chunks that a rollout has needed so far
         self.reference: Transformer | None = None
-        self.warmed_up: Transformer | None = None  # the policy at the end of the warm-up, for --signal kl
+        self.warmed_up: Transformer | None = None  # the policy at the end of the warm-up: --signal kl, --eval-kl
         self.optimizer = make_optimizer(self.model, config)
         self.grpo_optimizer = make_optimizer(self.model, config) if config.separate_moments else self.optimizer
         norms = {"warmup_norm": config.warmup_norm, "window": config.warmup_norm_window, "ema": config.norm_ema}
@@ -256,12 +256,13 @@ class Trainer(Setup):
         self.state.norm_step = steps
 
     def keep_policies(self) -> None:
-        """Freeze a copy of the model where this is the moment that the reference policy, or --signal kl, refers to."""
+        """Freeze a copy of the model where this is the moment that the reference policy, or a KL, refers to."""
         config, step = self.config, self.state.step
         if config.kl_coef and step == (config.warmup_steps if config.reference == "warmup" else 0):
             self.reference = self.frozen_copy()
-        if config.compares_kl and step == config.warmup_steps:
+        if config.keeps_warmed_up and step == config.warmup_steps:
             self.warmed_up = self.frozen_copy()
+        if config.compares_kl and step == config.warmup_steps:
             self.controller.g_warmup, self.controller.g_last = config.kl_target, 0.0  # p_0 = 0: the KL to itself is 0
 
     def frozen_copy(self) -> Transformer:
@@ -439,8 +440,9 @@ def grpo_step(trainer: Trainer, record: dict, t: int) -> None:
     # 3. What the loss compares with.
     parts = grpo_parts(trainer, groups, grpo_weight)
     if method.mixes or method.by_prompt:
-        record |= measure_mixing(groups, sft_weight)
-        parts = sft_part(trainer, groups, sft_weight) + parts
+        sft_parts = sft_part(trainer, groups, sft_weight)
+        record |= measure_mixing(groups, sft_weight, sft_parts)
+        parts = sft_parts + parts
     if not parts:  # no group has a signal: the step is skipped, as said at the top
         trainer.state.grpo_skipped += 1
         return
@@ -662,11 +664,12 @@ def accumulate_gradient(model: Transformer, parts: list[Part], config: Config, m
     """
     model.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {"loss": torch.zeros((), device=model.head.device)}
-    read = padding = 0  # tokens; padding is part of what is read
+    trained = read = padding = 0  # tokens: of completions; all that is read; what of that is padding
     for part in parts:
         batch, device, tokens = part.batch, model.head.device, sum(map(len, part.batch.completions))
         whole = torch.full((len(batch.completions),), tokens) if batch.denominators is None else batch.denominators
         denominators = whole.to(device) / part.weight  # [B]
+        trained += tokens
         for micro in micro_batches(batch, max_tokens, device):
             logprobs, entropy = completion_logprobs(model, micro, batch.temperature)  # [N]
             loss, stats = part.objective(batch, micro, logprobs, entropy, denominators[micro.batch_index], config)
@@ -684,7 +687,8 @@ def accumulate_gradient(model: Transformer, parts: list[Part], config: Config, m
             totals |= {f"loss_{part.name}": totals["loss"] / part.weight, f"grad_norm_{part.name}": norm / part.weight}
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     values = torch.stack([value.double() for value in totals.values()]).tolist()  # the one wait for the device
-    return dict(zip(totals, values, strict=True)) | {"padding_fraction": padding / max(read, 1), "tokens_read": read}
+    counts = {"padding_fraction": padding / max(read, 1), "tokens_read": read, "tokens_trained": trained}
+    return dict(zip(totals, values, strict=True)) | counts
 
 
 def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ and its published records are in knights_knaves_text.py. Departures:
 import functools
 import itertools
 import random
+from dataclasses import replace
 
 from .files import check_number
 from .knights_knaves_text import check_format, natural_example, natural_grade, parse_record  # noqa: F401
@@ -202,6 +203,7 @@ def generate(
     wording: str = "terse",
     format: str = "conclusion",
     demonstrations: int | None = None,
+    swapped: int = 0,
     depth: int = 2,
     width: int = 2,
 ) -> tuple[list[Example], list[Example]]:
@@ -209,9 +211,10 @@ def generate(
 
     wording: `terse` or `natural`; it changes the text, not the puzzles. format: of natural wording, `conclusion` (a
     marker before it) or `logic-rl` (tags around it). demonstrations: how many training examples, from the first, have
-    one (None: all); test examples always do. depth: nesting of a statement, 2 is one operator over atoms as published.
-    width: operands of `and` and `or`, at most; beyond 2, every puzzle has such a claim. The test split is drawn first,
-    so that it is the same for every train_size. Raises ValueError for a bad option, or too few distinct puzzles.
+    one (None: all); test examples always do. swapped: how many of those, from the first, change places in a ring, so
+    that each is the demonstration of another puzzle. depth: nesting of a statement, 2 is one operator over atoms as
+    published. width: operands of `and` and `or`, at most; beyond 2, every puzzle has such a claim. The test split is
+    drawn first, so that it is the same for every train_size. Raises ValueError for a bad option, or too few puzzles.
     """
     demonstrations = train_size if demonstrations is None else demonstrations
     check_number("people", people, 2, len(LETTERS))
@@ -223,6 +226,9 @@ def generate(
     if width > people:  # a claim of more operands would name someone twice, for ever
         raise ValueError(f"width {width}: needs as many people or more, got people={people}")
     check_number("demonstrations", demonstrations, 0, train_size)
+    check_number("swapped", swapped, 0, demonstrations)
+    if swapped == 1:
+        raise ValueError("swapped 1: a demonstration needs another to change places with")
     if wording not in ("terse", "natural"):
         raise ValueError(f"wording must be 'terse' or 'natural', got {wording!r}")
     check_format(format, wording)
@@ -239,7 +245,11 @@ def generate(
             prompt, answer, trace = natural_example(statements, roles, rng, format, *tables)
         demonstration = trace if index < test_size + demonstrations else None
         examples.append(Example(prompt, answer, demonstration, group=f"{people} people"))
-    return examples[test_size:], examples[:test_size]
+    test, train = examples[:test_size], examples[test_size:]
+    traces = [example.demonstration for example in train]
+    for i in range(swapped):
+        train[i] = replace(train[i], demonstration=traces[(i + 1) % swapped])
+    return train, test
 
 
 def grade(completion: str, example: Example, *, format: str = "conclusion") -> Grade:

@@ -11,7 +11,7 @@ A line of the metrics has `step`, `phase`, `kind`, `loss`, `grad_norm` (before c
 `padding_fraction`. Adaptive steps add `p_sft`, `alpha`, `sft_norm` (the G_last that decided) and its age in steps,
 `sft_norm_age`; steps with samples, what `sasr.draw_groups`, `report.measure_rollout` and `sasr.grpo_objective` measure;
 mixed ones, `report.measure_mixing`, and of their SFT part alone, without its weight, `loss_sft` and `grad_norm_sft`;
-updates, `tokens_read`: what went through the model, prompts and padding included;
+updates, `tokens_trained`, those of completions, and `tokens_read`, prompts and padding included;
 evaluations, `eval/` scores.
 
 Every file but the metrics is written as NAME.tmp, flushed to the disk and renamed, so that a reader finds the old one

@@ -90,6 +90,7 @@ class RunConfig:
     eval_split: str = option("test", "which examples those are", choices="test train")
     eval_samples: int = resumable(0, "also draw this many answers to each, for pass@1, 2, 4, ...")
     eval_temperature: float = resumable(1.0, "of those samples")
+    eval_kl: bool = adaptive(False, "keep the policy at the end of the warm-up, and measure the KL to it")
     save_every: int = resumable(100, "steps between checkpoints; 0: only at the end")
     max_bad_steps: int = resumable(5, "stop after this many dropped steps in a row", low=1)
     out: str = resumable("", "folder of the run ('': runs/CONTROLLER-TASK-SEED, numbered if taken)")
@@ -174,6 +175,11 @@ class BaselineConfig(RunConfig):
     @property
     def compares_kl(self) -> bool:
         return self.controller == "sasr" and self.signal == "kl"
+
+    @property
+    def keeps_warmed_up(self) -> bool:
+        """Whether a copy of the policy at the end of the warm-up is needed."""
+        return self.compares_kl or self.eval_kl
 
     @property
     def signal_key(self) -> str:

@@ -24,7 +24,8 @@ EVAL_ROWS = 256  # answers that an evaluation draws at once
 def evaluate(trainer) -> dict[str, float]:
     """Scores (`scores.scores_of`), also out of domain (`_ood`, `_ood2`); the answers go to `trainer.answers`.
 
-    With a reference policy also `kl`, from it, over the whole vocabulary: nats per token of the greedy answers.
+    Also `kl`, from the reference policy or, with --eval-kl, from that at the end of the warm-up: over the whole
+    vocabulary, in nats per token of the greedy answers.
     """
     trainer.answers = []
     if not trainer.task.evaluated:
@@ -34,10 +35,11 @@ def evaluate(trainer) -> dict[str, float]:
         for suffix, task in trainer.ood_tasks.items():
             of_ood, _ = evaluate_task(trainer, task, suffix.removeprefix("_"))
             scores |= {f"{name}{suffix}": value for name, value in of_ood.items()}
-        if trainer.reference is not None:
+        frozen = trainer.warmed_up if trainer.config.eval_kl else trainer.reference
+        if frozen is not None:
             asked = [i for i, answer in enumerate(greedy) if answer]  # a prompt that does not fit has none
             batch = Batch([trainer.task.eval_prompts[i] for i in asked], [greedy[i] for i in asked])
-            with trainer.on_device(trainer.reference) as reference:
+            with trainer.on_device(frozen) as reference:
                 scores["kl"] = trainer.budget.retry_on_oom(kl_to_reference, trainer.model, reference, batch)
     trainer.state.reward_failures += sum(answer["failed"] for answer in trainer.answers)
     return scores

@@ -29,7 +29,7 @@ def memory_plan(setup: Setup) -> dict[str, float]:
 
     sft_tokens = config.sft_batch_size * (task.longest_prompt + task.longest_demonstration)
     grpo_tokens = config.prompts_per_step * task.longest_prompt + rows * task.max_new_tokens
-    frozen = (config.kl_coef > 0) + config.compares_kl
+    frozen = (config.kl_coef > 0) + config.keeps_warmed_up
     tokens = min(default_max_tokens(config.tokens_per_microbatch, setup.device), max(sft_tokens, grpo_tokens))
     plan = {
         "weights": 4 * parameters,

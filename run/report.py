@@ -160,7 +160,7 @@ def measure_rollout(groups: list[Group], rewards: torch.Tensor) -> dict[str, flo
     correct = torch.tensor([s.grade.correct for s in samples]).view_as(rewards)  # [Q, G]
     tokens, count = sum(len(s.tokens) for s in samples), len(samples)
     of_updates = "ratio_mean ratio_max clip_fraction clip_low_fraction clip_high_fraction kl entropy sampler_gap"
-    of_updates = [*of_updates.split(), "padding_fraction", "tokens_read"]
+    of_updates = [*of_updates.split(), "padding_fraction", "tokens_read", "tokens_trained"]
     return dict.fromkeys(of_updates) | {
         "loss": 0.0,
         "grad_norm": 0.0,
@@ -177,11 +177,12 @@ def measure_rollout(groups: list[Group], rewards: torch.Tensor) -> dict[str, flo
     }
 
 
-def measure_mixing(groups: list[Group], weight: float) -> dict[str, float]:
-    """The weight of SFT, or the share of prompts whose demonstration is learnt; for how many one was missing."""
+def measure_mixing(groups: list[Group], weight: float, sft_parts: list) -> dict[str, float]:
+    """The weight of SFT, or the share of prompts whose demonstration is learnt; its tokens; how many had none."""
     missing = sum(group.asked and group.demonstration is None for group in groups)
     learnt = sum(bool(group.sft) or any(s.logprobs is None for s in group.samples) for group in groups)
-    return {"sft_share": weight or learnt / len(groups), "without_demonstration": missing}
+    tokens = sum(len(completion) for part in sft_parts for completion in part.batch.completions)
+    return {"sft_share": weight or learnt / len(groups), "tokens_sft": tokens, "without_demonstration": missing}
 
 
 def rollout_fault(groups: list[Group]) -> str:

@@ -165,7 +165,7 @@ def harder_task(config: RunConfig, task: Task) -> Task | None:
     """
     if config.data or config.reward or task.name not in OOD_TASKS:
         return None
-    (key, value), sizes = OOD_TASKS[task.name], ("train_size", "test_size", "demonstrations")
+    (key, value), sizes = OOD_TASKS[task.name], ("train_size", "test_size", "demonstrations", "swapped")
     if task.options.get(key, 0) >= value:
         return None
     options = {k: v for k, v in task.options.items() if k not in sizes} | {key: value, "train_size": 1}

@@ -165,6 +165,7 @@ def test_what_sft_adds_to_a_mixed_step_is_logged_apart(controller, whole):
         if "loss_sft" in record:
             assert math.isfinite(record["loss_sft"])
             assert record["grad_norm_sft"] > 0
+            assert 0 < record["tokens_sft"] <= record["tokens_trained"]
         assert ("sft_share" in record) == (
             record["kind"] == "mixed" or (controller, record["kind"]) == ("relift", "grpo")
         )
@@ -266,6 +267,7 @@ BRANCHES = {
     "ema": {"warmup_norm": "ema", "norm_ema": 0.6},
     "loss": {"signal": "loss", "warmup_norm": "mean", "probe_every": 2},
     "kl": {"signal": "kl", "kl_target": 0.001},
+    "eval-kl": {"eval_kl": True, "controller": "alternate"},
     "moments": {"separate_moments": True, "controller": "alternate"},
     "lr": {"lr": 2e-3, "sft_lr": 3e-3, "controller": "cosine"},
     "groups": {"group_size": 6, "prompts_per_step": 3, "temperature": 0.9, "controller": "grpo"},
@@ -283,6 +285,7 @@ QUICK_BRANCHES = {
     "mean": "half",
     "loss": "stopped",
     "kl": "ended",
+    "eval-kl": "other",
     "initial": "half",
     "replay": "ended",
     "lr": "other",

@@ -279,6 +279,18 @@ def test_the_test_split_does_not_depend_on_the_train_size_or_the_demonstrations(
     assert all(example.demonstration is None for example in kk.generate(0, **SMALL, demonstrations=0)[0])
 
 
+@pytest.mark.parametrize("wording", ["terse", "natural"])
+def test_swapped_demonstrations_are_those_of_other_puzzles(wording):
+    own, mixed = (
+        kk.generate(0, train_size=60, test_size=20, demonstrations=30, wording=wording, swapped=swapped)
+        for swapped in (0, 6)
+    )
+    assert own[1] == mixed[1]
+    assert own[0][6:] == mixed[0][6:]
+    assert [e.demonstration for e in mixed[0][:6]] == [own[0][i].demonstration for i in (1, 2, 3, 4, 5, 0)]
+    assert [(e.prompt, e.answer) for e in mixed[0]] == [(e.prompt, e.answer) for e in own[0]]
+
+
 def test_both_wordings_tell_the_same_puzzles():
     for terse, natural in zip(kk.generate(2, **SMALL)[0], kk.generate(2, wording="natural", **SMALL)[0], strict=True):
         names, claims = read_natural(natural.prompt)
@@ -301,6 +313,8 @@ def test_both_wordings_tell_the_same_puzzles():
         ({"width": 1}, "width 1: must be a whole number from 2"),
         ({"people": 2, "width": 3}, "width 3: needs as many people or more, got people=2"),
         ({"demonstrations": 4001}, "demonstrations 4001: must be a whole number from 0 to 4000"),
+        ({"demonstrations": 9, "swapped": 10}, "swapped 10: must be a whole number from 0 to 9"),
+        ({"swapped": 1}, "swapped 1: a demonstration needs another"),
         ({"wording": "Terse"}, "wording must be 'terse' or 'natural', got 'Terse'"),
         (
             {"people": 2},

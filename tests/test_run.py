@@ -105,6 +105,7 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     assert [r["step"] for r in records] == list(range(1, 15))
     assert [r["phase"] for r in records] == ["warmup"] * 4 + ["adaptive"] * 10
     everywhere = {"step", "phase", "kind", "loss", "grad_norm", "lr", "tokens", "padding_fraction", "tokens_read"}
+    everywhere |= {"tokens_trained"}
     adaptive = {"p_sft", "alpha", "sft_norm", "sft_norm_age"}
     grpo = {"reward_mean", "reward_std", "zero_variance_fraction", "completion_length", "truncated_fraction"}
     grpo |= {"kl", "entropy", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_mean", "ratio_max"}
@@ -128,6 +129,21 @@ def test_evaluations_measure_the_distance_to_the_reference_policy_once_there_is_
     sasr.train(config(tmp_path / "x"))
     kl = {r["step"]: r["eval/kl"] for r in lines(tmp_path / "x") if "eval/kl" in r}
     assert 0 < kl[8] < kl[14]
+
+
+def test_a_kl_of_zero_weight_is_measured_too_without_a_change_to_the_run(tmp_path):
+    flags = {"kl_coef": 0.0, "controller": "alternate", "lr": 1e-2}
+    for name, more in (("without", {}), ("with", {"eval_kl": True}), ("reference", {"kl_coef": 1e-30})):
+        sasr.train(config(tmp_path / name, **flags | more))
+    torch.testing.assert_close(weights(tmp_path / "with"), weights(tmp_path / "without"), rtol=0, atol=0)
+    without, measured, reference = (
+        [record.get("eval/kl") for record in lines(tmp_path / name) if "eval/accuracy" in record]
+        for name in ("without", "with", "reference")
+    )
+    assert without == [None] * 4
+    assert measured[0] is reference[0] is None  # with the last step of the warm-up
+    assert measured[1:] == pytest.approx(reference[1:], rel=1e-2)  # its updates hold all samples, and round otherwise
+    assert min(measured[1:]) > 0
 
 
 def test_transformers_reads_the_saved_model_and_its_tokenizer_as_we_do(tmp_path):
@@ -703,6 +719,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message, cap
         ("knights-knaves", "width=3,train_size=1"),
         ("knights-knaves:people=4,train_size=9,test_size=3", "people=4,width=3,train_size=1"),
         ("knights-knaves:wording=natural,format=logic-rl", "wording=natural,format=logic-rl,width=3,train_size=1"),
+        ("knights-knaves:train_size=9,demonstrations=4,swapped=2", "width=3,train_size=1"),
         ("countdown:numbers=2,high=20,train_size=9,demonstrations=4", "numbers=4,high=20,train_size=1"),
         ("knights-knaves:width=3,train_size=9", None),  # is that task
         ("countdown:numbers=5,train_size=9,test_size=3", None),  # is harder

@@ -365,6 +365,7 @@ def test_padding_is_the_share_of_tokens_read_that_are_none():
     batch = Batch([[1, 2], [1, 2, 3], [1]], [[4, 5], [4, 5, 6], [4]])  # 3, 5 and 1 tokens are read, as 3 rows of 5
     stats = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(), WHOLE)
     assert (stats["padding_fraction"], stats["tokens_read"]) == (pytest.approx(1 - 9 / 15), 15)
+    assert stats["tokens_trained"] == 6
     alone = sasr.accumulate_gradient(model, [sasr.Part(batch, sasr.sft_objective)], Config(), 1)
     assert alone["padding_fraction"] == 0
 

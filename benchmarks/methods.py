@@ -23,21 +23,31 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/methods.jsonl"
 RUNS = ROOT / "runs/methods"
+Lines = dict[tuple[str, str, int], dict]  # of finished runs, by stage, name and seed
 
 # The main setting: few demonstrations, which the warm-up uses up, so that more SFT adds little, and many problems.
 MAIN = {"task": "knights-knaves:demonstrations=200", "warmup_steps": 250, "ood_task": "none"}
 WARMUP = {"device": "cpu", "eval_every": 100, "eval_examples": 512, "save_every": 50, "steps": 0}
 ADAPTIVE = {"steps": 300, "prompts_per_step": 16, "group_size": 8, "decay_fraction": 0.3}
 
+# What a test looks at beside: claims of three operands, four people, the KL to the policy after the warm-up. Its curves
+# come from fewer puzzles, so that looking often costs little; its result comes from EXAMPLES, each answered greedily
+# and with SAMPLES samples, when the run has ended.
+OOD = "knights-knaves:width=3,train_size=1,test_size=128 knights-knaves:people=4,train_size=1,test_size=128"
+CLOSELY = {"ood_task": OOD, "eval_kl": True, "eval_every": 50, "eval_examples": 256}
+EXAMPLES, SAMPLES = 512, 8
+
 DEVELOPMENT = (100, 101, 102)
-METRICS = ("reward_mean", "completion_length", "entropy", "loss", "grad_norm", "grad_norm_sft", "sft_share", "tokens")
-METRICS += ("tokens_read", "seconds", "signal_groups", "truncated_fraction")
+TEST = (0, 1, 2, 3, 4, 5, 6, 7)
+METRICS = ("reward_mean", "completion_length", "entropy", "loss", "loss_sft", "grad_norm", "grad_norm_sft", "sft_share")
+METRICS += ("tokens", "tokens_read", "tokens_trained", "tokens_sft", "seconds", "signal_groups", "truncated_fraction")
 WINDOW = 10  # steps that a mean takes in
 
 
@@ -48,19 +58,23 @@ class Job:
     stage: str
     name: str
     seed: int
-    adaptive: dict
+    adaptive: dict | None  # None: they follow from a run that is not in yet
     setting: dict = dataclasses.field(default_factory=lambda: MAIN)
+    replay: list[float] = dataclasses.field(default_factory=list)  # p_t of the run that it replays
+    sampled: bool = False  # whether its result comes from EXAMPLES and SAMPLES
 
     def __post_init__(self):
-        self.setting = self.setting | {"seed": self.seed}
+        self.setting = WARMUP | self.setting | {"seed": self.seed}
 
     @property
     def flags(self) -> dict:
-        return self.setting | WARMUP | ADAPTIVE | self.adaptive
+        return self.setting | ADAPTIVE | self.adaptive
 
     def is_that_of(self, line: dict | None) -> bool:
         """Whether a line is that of this run, and not of one with other flags."""
-        return line is not None and all(line["config"].get(key) == value for key, value in self.flags.items())
+        if line is None or self.adaptive is None or (self.replay and sorted(self.replay) != sorted(line["p"])):
+            return False
+        return all(line["config"].get(key) == value for key, value in self.flags.items())
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -68,22 +82,22 @@ class Job:
 
     @property
     def out(self) -> Path:
-        return RUNS / "-".join([self.stage, str(self.seed), *self.name.split(), digest(self.flags)])
+        return RUNS / "-".join([self.stage, str(self.seed), *self.name.split(), digest(self.flags, *self.replay)])
 
     @property
     def warmup(self) -> Path:
-        return RUNS / f"warmup-{self.seed}-{digest(self.setting | WARMUP)}"
+        return RUNS / f"warmup-{self.seed}-{digest(self.setting)}"
 
 
-def digest(flags: dict) -> str:
+def digest(flags: dict, *more) -> str:
     """So that a run with other flags has another folder."""
-    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256((json.dumps(flags, sort_keys=True) + "".join(map(str, more))).encode()).hexdigest()[:8]
 
 
 # ----------------------------------------------------------------------------- stages
 
 
-def rates() -> list[Job]:
+def rates(lines: Lines) -> list[Job]:
     """A: six runs a method on one development seed. A mixture has one rate; a coin has one for each kind of step."""
     mixtures = (3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4)
     one = {
@@ -95,17 +109,85 @@ def rates() -> list[Job]:
     two = [{"sft_lr": sft, "lr": grpo} for grpo in (3e-5, 5e-5, 1e-4) for sft in (2e-4, 5e-4)]
     planned = {method: [{"lr": rate} for rate in some] for method, some in one.items()}
     planned |= dict.fromkeys(("sasr", "random", "sft-then-grpo"), two)
-    # Those that decide by prompt draw half of each batch from prompts that have a demonstration.
-    share = {"hpt": {"demonstrated_share": 0.5}}
     return [
         Job("A", " ".join([method, *(f"{rate:g}" for rate in rates[n].values())]), DEVELOPMENT[0], flags)
         for n in range(6)  # so that after every sitting all methods have come equally far
         for method, rates in planned.items()
-        for flags in [{"controller": method} | rates[n] | share.get(method, {})]
+        for flags in [{"controller": method} | rates[n] | BY_PROMPT.get(method, {})]
     ]
 
 
-STAGES = {"A": rates}
+# Those that decide by prompt draw half of each batch from prompts that have a demonstration.
+BY_PROMPT = {name: {"demonstrated_share": 0.5} for name in ("hpt", "relift", "luffy", "srft", "uft")}
+
+# What stage A found best.
+RATES: dict[str, dict] = {
+    "sft": {"lr": 1e-4},
+    "grpo": {"lr": 3e-5},
+    "sft-then-grpo": {"sft_lr": 2e-4, "lr": 3e-5},
+    "random": {"sft_lr": 2e-4, "lr": 3e-5},
+    "sasr": {"sft_lr": 2e-4, "lr": 3e-5},
+    "chord-mu": {"lr": 3e-5},
+    "hpt": {"lr": 3e-5},
+}
+RATES["replay"] = RATES["random"]
+
+OPEN = {
+    "as in A": {},
+    "gamma 0.25": {"gamma": 0.25},
+    "gamma 4": {"gamma": 4.0},
+    "mean": {"warmup_norm": "mean"},
+    "mean, ema": {"warmup_norm": "mean", "current_norm": "ema"},
+    "probe": {"probe_every": 5},
+    "loss": {"signal": "loss"},
+    "kl": {"signal": "kl"},
+    "moments": {"separate_moments": True},
+}  # what the paper leaves open, one at a time
+
+
+def open_questions(lines: Lines) -> list[Job]:
+    """B: what the paper leaves open, on SASR; and the norm over 20 batches of demonstrations at fixed weights."""
+    fixed = {"controller": "sft", "lr": 0.0, "steps": 20, "eval_every": 0}
+    return [
+        job
+        for seed in DEVELOPMENT
+        for job in [
+            Job("B", "fixed weights", seed, fixed),
+            *(Job("B", name, seed, {"controller": "sasr"} | RATES["sasr"] | more) for name, more in OPEN.items()),
+        ]
+    ]
+
+
+def side_by_side(stage: str, seed: int, setting: dict, methods: dict[str, dict], lines: Lines, note="") -> list[Job]:
+    """Runs of one seed, SASR's first: `random` gets its share of SFT steps, `replay` its p_t."""
+    jobs, of_sasr = [], None
+    for name, flags in methods.items():
+        controller = flags.get("controller", name)
+        flags, replay = {"controller": controller} | BY_PROMPT.get(controller, {}) | flags, []
+        if controller == "random":
+            flags = (
+                flags | {"sft_fraction": round(of_sasr["kinds"].count("s") / len(of_sasr["p"]), 4)} if of_sasr else None
+            )
+        if controller == "replay":
+            flags, replay = (flags, of_sasr["p"]) if of_sasr else (None, [])
+        jobs.append(job := Job(stage, f"{name}{note}", seed, flags, setting, replay, sampled=True))
+        if name == "sasr" and job.is_that_of(line := lines.get(job.key)):
+            of_sasr = line
+    return jobs
+
+
+def methods_of(*names: str) -> dict[str, dict]:
+    return {name: RATES[name] for name in names}
+
+
+def main_setting(lines: Lines) -> list[Job]:
+    """D: every method of the test, in the main setting."""
+    methods = methods_of("sasr", "sft", "grpo", "sft-then-grpo", "chord-mu", "hpt", "random", "replay")
+    methods["sasr, half shown"] = {"controller": "sasr", "demonstrated_share": 0.5} | RATES["sasr"]
+    return [job for seed in TEST for job in side_by_side("D", seed, MAIN | CLOSELY, methods, lines)]
+
+
+STAGES: dict[str, Callable[[Lines], list[Job]]] = {"A": rates, "B": open_questions, "D": main_setting}
 
 
 # ----------------------------------------------------------------------------- running
@@ -116,7 +198,8 @@ def take(job: Job) -> dict:
     with WARMING.setdefault(job.warmup, threading.Lock()):
         if not (job.warmup / "summary.json").is_file():
             begun = (job.warmup / "checkpoint").is_dir()
-            sasr(job, *(["--resume", job.warmup] if begun else ["--out", job.warmup, *as_flags(job.setting | WARMUP)]))
+            sasr(job, *(["--resume", job.warmup] if begun else ["--out", job.warmup, *as_flags(job.setting)]))
+        after_warmup = sample(job, job.warmup) if job.sampled else {}
     if not job.out.is_dir():
         copy = job.out.with_name(f"{job.out.name}.tmp")
         shutil.rmtree(copy, ignore_errors=True)
@@ -124,11 +207,35 @@ def take(job: Job) -> dict:
         (copy / "summary.json").unlink()  # of the warm-up; that of the whole run will say that it is done
         copy.rename(job.out)
     if not (job.out / "summary.json").is_file():
-        sasr(job, "--resume", job.out, *as_flags(ADAPTIVE | job.adaptive))
-    return as_line(job)
+        sasr(job, "--resume", job.out, *as_flags(ADAPTIVE | job.adaptive), *replayed(job))
+    at_the_end = sample(job, job.out) if job.sampled else {}
+    return as_line(job) | {"sampled_warmup": after_warmup, "sampled_final": at_the_end}
 
 
 WARMING: dict[Path, threading.Lock] = {}
+
+
+def replayed(job: Job) -> list[str]:
+    """The flag that names a run with the p_t to replay; what there is of that run is made of its line."""
+    if not job.replay:
+        return []
+    folder = job.out.with_name(f"{job.out.name}.replay")
+    folder.mkdir(exist_ok=True)
+    records = ({"phase": "adaptive", "kind": "grpo", "p_sft": p} for p in job.replay)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    return ["--replay", str(folder)]
+
+
+def sample(job: Job, run: Path) -> dict:
+    """Scores of a finished run, from more examples than its curves, and from several answers to each."""
+    out = run.with_name(f"{run.name}.sampled")
+    if not (out / "summary.json").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        flags = {key: job.setting[key] for key in ("task", "ood_task", "seed", "device")}
+        flags |= {"eval_examples": EXAMPLES, "eval_samples": SAMPLES, "model": run / "model", "out": out}
+        sasr(job, "--eval-only", *as_flags(flags))
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return {key: round(value, 6) for key, value in summary.items() if key.startswith(("accuracy", "pass@"))}
 
 
 def sasr(job: Job, *flags) -> None:
@@ -141,7 +248,11 @@ def sasr(job: Job, *flags) -> None:
 
 
 def as_flags(values: dict) -> list[str]:
-    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += [flag] * value if isinstance(value, bool) else [flag, str(value)]
+    return flags
 
 
 def as_line(job: Job) -> dict:
@@ -160,7 +271,9 @@ def as_line(job: Job) -> dict:
     line = {"stage": job.stage, "name": job.name, "seed": job.seed}
     line["config"] = {key: value for key, value in config.items() if key not in ("out", "replay", "template_date")}
     line["summary"] = {key: value for key, value in summary.items() if key not in ("out", "diagnosis")}
-    return line | {"curves": kept, "p": [round(r["p_sft"], 6) for r in adaptive], "kinds": kinds(adaptive)}
+    norms = [float(f"{r['grad_norm']:.4g}") for r in adaptive if r["kind"] == "sft"]
+    line |= {"curves": kept, "p": [round(r["p_sft"], 6) for r in adaptive], "kinds": kinds(adaptive), "norms": norms}
+    return line
 
 
 def windows(records: list[dict], key: str) -> list[list[float]]:
@@ -177,8 +290,8 @@ def kinds(records: list[dict]) -> str:
     return "".join(record["kind"][0] for record in records)
 
 
-def finished() -> dict[tuple, dict]:
-    """The lines that are in, by stage, name and seed."""
+def finished() -> Lines:
+    """The lines that are in."""
     found = {}
     for number, text in enumerate(RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else [], 1):
         try:
@@ -189,11 +302,63 @@ def finished() -> dict[tuple, dict]:
     return found
 
 
-def table(jobs: list[Job], lines: dict[tuple, dict]) -> str:
+class Plan:
+    """The runs of a stage, given to the workers one by one."""
+
+    def __init__(self, stage: str):
+        self.jobs_of, self.lines, self.turn = STAGES[stage], finished(), threading.Condition()
+        self.begun: set[tuple] = set()  # here
+        self.ended, self.stopped, self.started = 0, False, time.monotonic()
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.jobs_of(self.lines)
+
+    def missing(self) -> list[Job]:
+        return [job for job in self.jobs if not job.is_that_of(self.lines.get(job.key))]
+
+    def work(self) -> None:
+        """Take one run after the other, until there are none that could be taken."""
+        while job := self.next_job():
+            line = None
+            try:
+                line = take(job)
+            except (RuntimeError, OSError, ValueError, KeyError) as error:
+                print(f"methods.py: {error}", file=sys.stderr, flush=True)
+            with self.turn:
+                self.ended += 1
+                if line:
+                    self.keep(job, line)
+                self.turn.notify_all()
+
+    def keep(self, job: Job, line: dict) -> None:
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines[job.key] = line
+        jobs, missing = len(self.jobs), len(self.missing())
+        hours = (time.monotonic() - self.started) / self.ended * missing / 3600
+        left = f"{jobs - missing} of {jobs} runs are in; about {hours:.1f} hours left"
+        print(f"{job.name}, seed {job.seed}: {line['summary']['accuracy_final']:.1%}; {left}", flush=True)
+
+    def next_job(self) -> Job | None:
+        """A run that nobody has begun; waits where those that are left follow from others that are under way."""
+        with self.turn:
+            while True:
+                left = [job for job in self.missing() if job.key not in self.begun]
+                ready = [job for job in left if job.adaptive is not None and not self.stopped]
+                if ready:
+                    self.begun.add(ready[0].key)
+                    return ready[0]
+                if self.stopped or not left or len(self.begun) == self.ended:
+                    return None
+                self.turn.wait()
+
+
+def table(jobs: list[Job], lines: Lines) -> str:
     """A row a run: accuracy after the warm-up, along the way and at the end, in percent, and what it cost."""
     rows = [f"{'':28}{'seed':>5}{'SFT':>5}{'GRPO':>6}{'mixed':>6}{'min':>6}  accuracy, % (step)"]
     for job in jobs:
-        if line := lines.get(job.key):
+        if job.is_that_of(line := lines.get(job.key)):
             s = line["summary"]
             points = [p for p in line["curves"]["eval/accuracy"] if p[0] >= s["warmup_steps"]]
             curve = "  ".join(f"{100 * share:.1f} ({step - s['warmup_steps']})" for step, share in points)
@@ -209,40 +374,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the runs that are missing, and stop")
     parser.add_argument("--table", action="store_true", help="show those that are in, and stop")
     args = parser.parse_args(argv)
-    jobs, lines = STAGES[args.stage](), finished()
-    lines = {job.key: lines[job.key] for job in jobs if job.is_that_of(lines.get(job.key))}
-    missing = [job for job in jobs if job.key not in lines]
+    plan = Plan(args.stage)
+    if args.list:
+        print("\n".join(f"{job.name}, seed {job.seed}" for job in plan.missing()))
+    if args.table:
+        print(table(plan.jobs, plan.lines))
     if args.table or args.list:
-        print(table(jobs, lines) if args.table else "\n".join(f"{job.name}, seed {job.seed}" for job in missing))
         return 0
     RUNS.mkdir(parents=True, exist_ok=True)
-    started, writing, failed = time.monotonic(), threading.Lock(), []
-
-    def run(job: Job) -> None:
+    with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            line = take(job)
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
-            failed.append(str(error))
-            print(f"methods.py: {error}", file=sys.stderr, flush=True)
-            return
-        with writing:
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            lines[job.key] = line
-            done = len(jobs) - sum(job.key not in lines for job in jobs)
-            took = (time.monotonic() - started) / max(done - (len(jobs) - len(missing)), 1)
-            left = f"{done} of {len(jobs)} runs are in; about {took * (len(jobs) - done) / 3600:.1f} hours left"
-            print(f"{job.name}, seed {job.seed}: {line['summary']['accuracy_final']:.1%}; {left}", flush=True)
-
-    pool = ThreadPoolExecutor(args.jobs)
-    try:
-        list(pool.map(run, missing))
-    except KeyboardInterrupt:  # the runs at work have got it, too, and save before they end
-        failed.append("interrupted")
-    finally:
-        pool.shutdown(cancel_futures=True)
-    print(table(jobs, lines))
-    return 1 if failed else 0
+            for worker in [pool.submit(plan.work) for _ in range(args.jobs)]:
+                worker.result()
+        except KeyboardInterrupt:  # the runs at work have got it, too, and save before they end
+            plan.stopped = True
+    print(table(plan.jobs, plan.lines))
+    return 1 if plan.missing() else 0
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def tiny_study(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "WARMUP", {"device": "cpu", "eval_every": 0, "eval_examples": 4, "steps": 0})
     monkeypatch.setattr(methods, "ADAPTIVE", {"steps": 3, "prompts_per_step": 2, "group_size": 2})
     jobs = [methods.Job("A", name, 7, {"controller": name, "lr": 1e-3}, main) for name in ("sft", "parallel")]
-    monkeypatch.setitem(methods.STAGES, "A", lambda: jobs)
+    monkeypatch.setitem(methods.STAGES, "A", lambda lines: jobs)
     commands = []
 
     def run(job, *flags):
@@ -308,19 +308,58 @@ def test_a_study_takes_each_run_once_from_one_warmup(tiny_study, capsys):
     assert len(tiny_study) == 3, "what is in is not taken again"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_follows_from_another_run_waits_for_it(tiny_study, monkeypatch, workers):
+    """And is sampled at the end, as is the warm-up, once."""
+    monkeypatch.setattr(methods, "EXAMPLES", 8)
+    monkeypatch.setattr(methods, "SAMPLES", 2)
+    setting = methods.STAGES["A"]({})[0].setting
+
+    def plan(lines):
+        names = {name: {"lr": 1e-3} for name in ("sasr", "random", "replay")}
+        return methods.side_by_side("A", 7, setting, names, lines)
+
+    monkeypatch.setitem(methods.STAGES, "A", plan)
+    assert [job.adaptive is None for job in plan({})] == [False, True, True]
+    assert methods.main(["A", "--jobs", str(workers)]) == 0
+    lines = methods.finished()
+    of_sasr, of_random, of_replay = (lines["A", name, 7] for name in ("sasr", "random", "replay"))
+    assert of_random["config"]["sft_fraction"] == round(of_sasr["kinds"].count("s") / 3, 4)
+    assert of_random["p"] == [of_random["config"]["sft_fraction"]] * 3
+    assert sorted(of_replay["p"]) == sorted(of_sasr["p"])
+    assert [command[0] for command in tiny_study].count("--eval-only") == 4
+    assert {"accuracy", "pass@1", "pass@2"} <= set(of_sasr["sampled_final"])
+    assert of_sasr["sampled_warmup"] == of_random["sampled_warmup"]
+    assert all(job.is_that_of(lines[job.key]) for job in plan(lines))
+    of_sasr["kinds"] = "sss" if of_sasr["kinds"] != "sss" else "ggg"  # as if it had been taken again
+    assert [job.is_that_of(lines[job.key]) for job in plan(lines)] == [True, False, True]
+    of_sasr["p"] = [0.25, 0.5, 0.75]
+    assert [job.is_that_of(lines[job.key]) for job in plan(lines)] == [True, False, False]
+    assert not any(str(methods.RUNS) in json.dumps(line) for line in lines.values()), "a line names a machine's path"
+
+
+def test_nobody_waits_for_a_run_that_failed(tiny_study, monkeypatch, capsys):
+    setting = methods.STAGES["A"]({})[0].setting
+    names = {name: {"lr": -1.0} for name in ("sasr", "random")}
+    monkeypatch.setitem(methods.STAGES, "A", lambda lines: methods.side_by_side("A", 7, setting, names, lines))
+    assert methods.main(["A", "--jobs", "2"]) == 1
+    assert "sasr: failed" in capsys.readouterr().err
+    assert methods.finished() == {}
+
+
 def test_a_study_goes_on_after_a_run_that_failed(tiny_study, capsys):
-    methods.STAGES["A"]()[0].adaptive["lr"] = -1.0
+    methods.STAGES["A"]({})[0].adaptive["lr"] = -1.0
     assert methods.main(["A"]) == 1
     assert "sft: failed" in capsys.readouterr().err
     assert set(methods.finished()) == {("A", "parallel", 7)}
-    methods.STAGES["A"]()[0].adaptive["lr"] = 1e-3
+    methods.STAGES["A"]({})[0].adaptive["lr"] = 1e-3
     assert methods.main(["A"]) == 0
     assert set(methods.finished()) == {("A", "sft", 7), ("A", "parallel", 7)}
 
 
 def test_a_line_of_other_flags_is_not_that_of_the_run(tiny_study):
     assert methods.main(["A"]) == 0
-    methods.STAGES["A"]()[0].adaptive["lr"] = 2e-3
+    methods.STAGES["A"]({})[0].adaptive["lr"] = 2e-3
     assert methods.main(["A"]) == 0
     assert [command[0] for command in tiny_study] == ["--out", "--resume", "--resume", "--resume"]
     assert methods.finished()["A", "sft", 7]["config"]["lr"] == 2e-3  # the last line counts
@@ -333,12 +372,12 @@ def test_the_results_of_a_study_name_a_line_that_is_none(tiny_study):
 
 
 def test_the_stage_of_rates_tunes_every_method_equally_often():
-    jobs = methods.STAGES["A"]()
+    jobs = methods.STAGES["A"]({})
     controllers = [job.adaptive["controller"] for job in jobs]
     assert {controllers.count(name) for name in controllers} == {6}
     assert len({job.key for job in jobs}) == len(jobs)
     for job in jobs:
-        sasr.Config(**(job.setting | methods.WARMUP | methods.ADAPTIVE | job.adaptive))
+        sasr.Config(**job.flags)
 
 
 def test_means_over_windows_by_hand():

@@ -1,23 +1,32 @@
 """Draw what happened in one or more runs: p_t, SFT gradient norm, reward, accuracy, and what GRPO had to learn from.
 
     python benchmarks/plot.py runs/x [runs/y ...] --out picture.png
+    python benchmarks/plot.py --stage D --out picture.png      # of the study, methods.py: every method over its seeds
+    python benchmarks/plot.py --stage D --methods sasr,random,grpo,sft --out picture.png
 
-Warm-up is shaded; dots are single steps, lines are running means (over as many dots as --smooth says). The dotted
-line is G_warmup, the yardstick of p_t, where the run has ended and left a summary.
+Of runs: warm-up is shaded; dots are single steps, lines are running means (over as many dots as --smooth says). The
+dotted line is G_warmup, the yardstick of p_t, where the run has ended and left a summary. Of the study: lines are means
+over seeds, bands their 95% intervals, and steps are counted from the end of the warm-up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from benchmarks import findings
+from benchmarks.compare import interval
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -119,15 +128,91 @@ def picture(runs: list[Path], width: int):
     return figure
 
 
+# ----------------------------------------------------------------------------- the study
+
+Curve = dict[float, float]  # a figure by adaptive step
+
+
+def curve(line: dict, *keys: str) -> Curve:
+    """What the line has under these keys, from the end of the warm-up on. (A mixture has SFT steps in the warm-up.)"""
+    first = line["summary"]["warmup_steps"]
+    points = [point for key in keys for point in line["curves"].get(key, [])]
+    return {step - first: value for step, value, *_ in points if step >= first}
+
+
+def decisions(line: dict, width: int = 10) -> Curve:
+    """p_t, or of a mixture the share of SFT: means over the steps of a window."""
+    if shares := curve(line, "mixed/sft_share"):
+        return shares
+    return {end: statistics.mean(line["p"][end - width : end]) for end in range(width, len(line["p"]) + 1, width)}
+
+
+def percent(values: Curve) -> Curve:
+    return {step: 100 * value for step, value in values.items()}
+
+
+PANELS = {
+    "accuracy in domain, %": lambda line: percent(curve(line, "eval/accuracy")),
+    "accuracy on wider claims, %": lambda line: percent(curve(line, "eval/accuracy_ood")),
+    "accuracy with one more person, %": lambda line: percent(curve(line, "eval/accuracy_ood2")),
+    "p_t; of a mixture, the share of SFT": decisions,
+    "gradient norm of the SFT loss": lambda line: curve(line, "sft/grad_norm", "mixed/grad_norm_sft"),
+    "mean reward of the samples": lambda line: curve(line, "grpo/reward_mean", "mixed/reward_mean"),
+    "entropy of the samples, nats a token": lambda line: curve(line, "grpo/entropy", "mixed/entropy"),
+    "tokens of a sample": lambda line: curve(line, "grpo/completion_length", "mixed/completion_length"),
+    "KL to the policy after the warm-up, nats a token": lambda line: curve(line, "eval/kl"),
+}
+
+
+def study(stage: str, names: str | None = None):
+    """Every method of a stage in one colour, over the adaptive steps."""
+    groups = findings.results(stage)
+    if missing := sorted(set(names.split(",") if names else ()) - set(groups)):
+        raise ValueError(f"--methods {missing[0]}: stage {stage} has {', '.join(groups) or 'no run yet'}")
+    groups = {name: groups[name] for name in (names.split(",") if names else groups)}
+    if not groups:
+        raise ValueError(f"--stage {stage}: no run is in: python benchmarks/methods.py {stage}")
+    figure, axes = plt.subplots(3, 3, figsize=(13, 10), sharex=True, constrained_layout=True)
+    colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
+    for (title, measure), axis in zip(PANELS.items(), axes.flat, strict=True):
+        for index, (name, lines) in enumerate(groups.items()):
+            band(axis, [measure(line) for line in lines], colours[index % len(colours)], name)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "not measured in this stage", transform=axis.transAxes, ha="center", color="0.5")
+    for axis in axes[-1]:
+        axis.set_xlabel("step after the warm-up")
+    handles = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
+    return figure
+
+
+def band(axis, curves: list[Curve], colour, name: str) -> None:
+    """The mean at each step over the seeds that have it, and its interval."""
+    steps = sorted({step for values in curves for step in values})
+    if not steps:
+        return
+    at = [[values[step] for values in curves if step in values] for step in steps]
+    means, halves = np.array([statistics.mean(v) for v in at]), np.array([interval(v) or 0.0 for v in at])
+    axis.plot(steps, means, color=colour, label=name)
+    axis.fill_between(steps, means - halves, means + halves, color=colour, alpha=0.12, linewidth=0)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--stage", choices=tuple(findings.methods.STAGES), help="draw this stage of the study instead")
+    parser.add_argument("--methods", help="of that stage, these only, in this order, with commas between them")
     parser.add_argument("--out", type=Path, help="PNG to write (default: metrics.png in the first run's folder)")
     parser.add_argument("--smooth", type=int, default=20, help="dots that the running mean takes in (default 20)")
     args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.stage) or (args.stage and not args.out):
+        parser.error("name runs, or a --stage and --out")
     out = args.out or args.runs[0] / "metrics.png"
     try:
-        picture(args.runs, max(args.smooth, 1)).savefig(out, dpi=110)
+        figure = study(args.stage, args.methods) if args.stage else picture(args.runs, max(args.smooth, 1))
+        figure.savefig(out, dpi=110)
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2

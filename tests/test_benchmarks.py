@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 import sasr
-from benchmarks import compare, kernels, methods, plot, record, rollout, step
+from benchmarks import compare, findings, kernels, methods, plot, record, rollout, step
 from data import load_task
 
 
@@ -383,3 +383,78 @@ def test_the_stage_of_rates_tunes_every_method_equally_often():
 def test_means_over_windows_by_hand():
     records = [{"step": 1, "x": 1.0}, {"step": 10, "x": 4.0}, {"step": 11, "x": 3.0}, {"step": 12}]
     assert methods.windows(records, "x") == [[10, 2.5, 2], [20, 3.0, 1]]
+
+
+def test_statistics_by_hand():
+    assert findings.sign_flip([1.0, 2.0, 3.0]) == 2 / 8  # all signs alike, either way
+    assert findings.sign_flip([1.0, -1.0]) == 1
+    assert findings.sign_flip([3.0, 2.0, -1.0]) == 4 / 8  # |sum| is 4 or more for +++, ++- and their opposites
+    assert findings.rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+    assert findings.rank_correlation([1, 2, 2, 4], [5, 6, 6, 7]) == pytest.approx(1)
+    assert findings.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+
+
+def line_of(seed, end, **curves):
+    """Two warm-up steps in a window of their own, then windows that end with steps 20 and 30."""
+    summary = {"warmup_steps": 10, "accuracy_warmup": 0.25, "accuracy_final": end, "seconds": 200.0}
+    summary |= {"seconds_eval": 20.0, "seconds_warmup": 60.0}
+    return {"seed": seed, "summary": summary, "curves": curves, "config": {"steps": 100}}
+
+
+def test_figures_of_a_run_by_hand():
+    curves = {"sft/tokens_trained": [[10, 99.0, 10], [20, 30.0, 4]], "sft/tokens_read": [[10, 99.0, 10], [20, 50.0, 4]]}
+    curves |= {"sft/tokens": [[20, 30.0, 4]], "grpo/tokens": [[20, 60.0, 6]]}
+    curves |= {"grpo/tokens_trained": [[20, 40.0, 6]], "grpo/tokens_read": [[20, 70.0, 6]]}
+    found = findings.figures(line_of(0, 0.5, **curves))
+    assert found == pytest.approx(
+        {"warm-up": 25, "end": 50, "gain": 25, "SFT": 100 * 120 / 360, "passes": (600 + 360 + 1260) / 1e6, "minutes": 2}
+    )
+    mixed = {
+        "mixed/tokens": [[20, 60.0, 10]],
+        "mixed/tokens_sft": [[20, 10.0, 5]],
+        "mixed/tokens_trained": [[20, 50.0, 10]],
+    }
+    sampled = line_of(0, 0.5, **mixed) | {"sampled_warmup": {"accuracy": 0.3}}
+    sampled["sampled_final"] = {"accuracy": 0.4, "pass@8": 0.7, "accuracy_ood": 0.2}
+    found = findings.figures(sampled)
+    assert [found[key] for key in ("end", "gain", "pass@8", "wider", "SFT")] == pytest.approx([40, 10, 70, 20, 10])
+
+
+def test_accuracy_at_equal_work_lies_on_the_curve():
+    curves = {"sft/tokens_read": [[10, 9.0, 10], [20, 10.0, 10], [30, 10.0, 5]], "grpo/tokens": [[30, 20.0, 5]]}
+    curves["eval/accuracy"] = [[0, 0.1], [10, 0.2], [20, 0.3], [30, 0.5]]  # after 0, 300, 300 + 150 + 100 passes
+    line = line_of(0, 0.5, **curves)
+    found = [findings.accuracy_after(line, passes) for passes in (0, 150, 300, 425, 550, 900)]
+    assert found == pytest.approx([20, 25, 30, 40, 50, 50])
+
+
+def test_differences_are_between_runs_of_one_seed():
+    groups = {"sasr": [line_of(0, 0.5), line_of(1, 0.6)], "grpo": [line_of(1, 0.5), line_of(2, 0.1)]}
+    found = findings.differences(groups)["grpo"]
+    assert found.pop("half") is None
+    assert found == pytest.approx({"seeds": 1, "mean": 10, "least": 10, "most": 10, "sign_flip_p": 1})
+
+
+def test_early_signs_are_means_over_the_first_tenth_of_the_steps():
+    curves = {"sft/grad_norm": [[10, 9.0, 10], [20, 2.0, 3], [30, 5.0, 1]], "sft/loss": [[20, 0.5, 3]]}
+    assert findings.early(line_of(0, 0.5, **curves)) == pytest.approx((2.0, 0.5, 25))
+    assert findings.early(line_of(0, 0.5, **{"sft/loss": [[10, 1.0, 9]], "sft/grad_norm": [[10, 1.0, 9]]})) is None
+
+
+def test_findings_and_a_picture_of_a_study(tiny_study, tmp_path, capsys):
+    assert findings.main(["A"]) == 2
+    assert capsys.readouterr().err.endswith("no run of stage A is in: python benchmarks/methods.py A\n")
+    assert methods.main(["A"]) == 0
+    capsys.readouterr()
+    assert findings.main(["A"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:3]] == [["sft", "1"], ["parallel", "1"]]
+    picture = tmp_path / "x.png"
+    assert plot.main(["--stage", "A", "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.main(["--stage", "A", "--methods", "sft,hpt", "--out", str(picture)]) == 2
+    assert "--methods hpt: stage A has sft, parallel" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot.main(["--out", str(picture)])
+    sft, parallel = findings.results("A")["sft"][0], findings.results("A")["parallel"][0]
+    assert plot.decisions(sft) == {}  # three steps are no window
+    assert plot.curve(parallel, "sft/loss", "mixed/loss") == {8: pytest.approx(parallel["curves"]["mixed/loss"][0][1])}

@@ -1,0 +1,211 @@
+"""What came of the study of methods.py: each method over its seeds, and how it differs from SASR with the same seed.
+
+    python benchmarks/findings.py D        # a stage: a table, differences, a JSON line
+    python benchmarks/findings.py signs    # does what SFT looks like early in a run predict where the run ends?
+
+Only lines of the runs that methods.py plans count. An interval is Student's t over seeds, 95%: what another seed would
+bring. One comparison was written down before any of its runs, PRIMARY; the others describe, and prove nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import methods
+from benchmarks.compare import interval
+
+PRIMARY = ("sasr", "random")  # stage D, greedy accuracy in domain at the end
+
+
+def results(stage: str) -> dict[str, list[dict]]:
+    """The lines of a stage by name, each list by seed."""
+    lines = methods.finished()
+    found: dict[str, list[dict]] = {}
+    for job in methods.STAGES[stage](lines):
+        found.setdefault(job.name, [])
+        if job.is_that_of(line := lines.get(job.key)):
+            found[job.name].append(line)
+    return {name: sorted(of_name, key=lambda line: line["seed"]) for name, of_name in found.items() if of_name}
+
+
+# ----------------------------------------------------------------------------- figures of a run
+
+
+def figures(line: dict) -> dict[str, float]:
+    """Accuracies in percent, from more examples where the run was sampled; what it took; its share of SFT."""
+    summary = line["summary"]
+    warmup = line.get("sampled_warmup") or {"accuracy": summary["accuracy_warmup"]}
+    final = line.get("sampled_final") or {"accuracy": summary["accuracy_final"]}
+    shares = {"warm-up": warmup["accuracy"], "end": final["accuracy"], "gain": final["accuracy"] - warmup["accuracy"]}
+    for label, key in (
+        ("pass@1", "pass@1"),
+        ("pass@8", "pass@8"),
+        ("wider", "accuracy_ood"),
+        ("four", "accuracy_ood2"),
+    ):
+        shares |= {label: final[key]} if key in final else {}
+    _, passes, trained, of_sft = map(sum, zip((0.0,) * 4, *work(line), strict=True))
+    shares |= {"SFT": of_sft / trained} if trained else {}
+    minutes = (summary["seconds"] - summary["seconds_eval"] - summary["seconds_warmup"]) / 60
+    return {label: 100 * share for label, share in shares.items()} | {"passes": passes / 1e6, "minutes": minutes}
+
+
+def work(line: dict) -> list[tuple[float, float, float, float]]:
+    """Of a kind of step in a window of adaptive steps: its end, its cost, tokens trained on, those of SFT among them.
+
+    The cost is in forward passes of a token (2 FLOPs a parameter): one to draw a token, three to read it in an update.
+    """
+    found = []
+    for kind in ("sft", "grpo", "mixed"):
+        sums: dict[float, dict[str, float]] = {}
+        for key in ("tokens", "tokens_read", "tokens_trained", "tokens_sft"):
+            for end, mean, count in line["curves"].get(f"{kind}/{key}", []):
+                if end > line["summary"]["warmup_steps"]:
+                    sums.setdefault(end, dict.fromkeys(("tokens_read", "tokens_trained", "tokens_sft", "tokens"), 0.0))
+                    sums[end][key] = mean * count
+        for end, of in sums.items():
+            drawn, of_sft = (0.0, of["tokens_trained"]) if kind == "sft" else (of["tokens"], of["tokens_sft"])
+            found.append((end, drawn + 3 * of["tokens_read"], of["tokens_trained"], of_sft))
+    return found
+
+
+def accuracy_after(line: dict, passes: float) -> float:
+    """In percent, on the curve, where this much work was done; between evaluations on a straight line."""
+    spent, points = work(line), []
+    for step, accuracy in line["curves"]["eval/accuracy"]:
+        if step >= line["summary"]["warmup_steps"]:
+            points.append((sum(cost for end, cost, *_ in spent if end <= step), 100 * accuracy))
+    return float(np.interp(passes, *zip(*points, strict=True)))
+
+
+# ----------------------------------------------------------------------------- statistics
+
+
+def paired(some: list[dict], others: list[dict], label: str) -> list[float]:
+    """Differences of a figure between runs with the same seed."""
+    by_seed = {line["seed"]: figures(line)[label] for line in others}
+    return [figures(line)[label] - by_seed[line["seed"]] for line in some if line["seed"] in by_seed]
+
+
+def sign_flip(differences: list[float]) -> float:
+    """Two-sided p, exact: how often the mean is as far from 0 if each difference could as well have the other sign."""
+    observed = abs(sum(differences)) - 1e-9
+    flips = list(itertools.product((1, -1), repeat=len(differences)))
+    return sum(abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed for signs in flips) / len(
+        flips
+    )
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's: the correlation of the ranks, of which equal values share the mean."""
+
+    def ranks(values: list[float]) -> list[float]:
+        return [(sum(v < value for v in values) + sum(v <= value for v in values) + 1) / 2 for value in values]
+
+    return statistics.correlation(ranks(x), ranks(y))
+
+
+# ----------------------------------------------------------------------------- tables
+
+COLUMNS = {"end": 1, "gain": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "four": 1, "SFT": 0}  # digits
+COLUMNS |= {"passes": 1, "minutes": 1}
+
+
+def table(groups: dict[str, list[dict]]) -> str:
+    """A row a method: means over seeds, the interval and the worst seed of `end`; shares in percent.
+
+    `equal`: accuracy on the curve at the work of the method that did least.
+    """
+    width = max(map(len, groups)) + 1
+    rows = [f"{'':{width}}{'seeds':>6}{'end':>13}{'worst':>7}" + "".join(f"{c:>8}" for c in list(COLUMNS)[1:])]
+    least = 1e6 * min(statistics.mean(figures(line)["passes"] for line in lines) for lines in groups.values())
+    for name, lines in groups.items():
+        each = [figures(line) | {"equal": accuracy_after(line, least)} for line in lines]
+        ends = [f["end"] for f in each]
+        half = interval(ends)
+        row = f"{name:{width}}{len(lines):6}" + f"{statistics.mean(ends):.1f}{f' ± {half:.1f}' if half else ''}".rjust(
+            13
+        )
+        row += f"{min(ends):7.1f}"
+        for label, digits in list(COLUMNS.items())[1:]:
+            values = [f[label] for f in each if label in f]
+            row += f"{statistics.mean(values):8.{digits}f}" if values else f"{'-':>8}"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def differences(groups: dict[str, list[dict]], base: str = "sasr") -> dict[str, dict]:
+    """By name: what SASR has more than it at the end, in points, over the seeds that both have."""
+    found = {}
+    for name, lines in groups.items():
+        points = paired(groups.get(base, []), lines, "end") if name != base else []
+        if points:
+            found[name] = {"seeds": len(points), "mean": statistics.mean(points), "half": interval(points)}
+            found[name] |= {"least": min(points), "most": max(points), "sign_flip_p": sign_flip(points)}
+    return found
+
+
+def early_signs(stages: tuple[str, ...]) -> str:
+    """Rank correlations over all runs with SFT steps between their first tenth and their end, within each setting."""
+    rows = [f"{'':10}{'runs':>6}  SFT norm  SFT loss  (after a tenth of the steps, with the accuracy at the end)"]
+    for stage in stages:
+        points = [point for lines in results(stage).values() for line in lines if (point := early(line))]
+        if len(points) > 2:
+            norms, losses, ends = zip(*points, strict=True)
+            rows.append(
+                f"{stage:10}{len(points):6}{rank_correlation(norms, ends):10.2f}{rank_correlation(losses, ends):10.2f}"
+            )
+    return "\n".join(rows)
+
+
+def early(line: dict) -> tuple[float, float, float] | None:
+    """Mean SFT norm and loss in the first tenth of the adaptive steps, and the gain in accuracy at the end."""
+    first, curves = line["summary"]["warmup_steps"], line["curves"]
+    until, means = first + line["config"]["steps"] / 10, []
+    for keys in (("sft/grad_norm", "mixed/grad_norm_sft"), ("sft/loss", "mixed/loss_sft")):
+        points = [(mean, count) for key in keys for end, mean, count in curves.get(key, []) if first < end <= until]
+        if not points:
+            return None
+        means.append(sum(mean * count for mean, count in points) / sum(count for _, count in points))
+    return means[0], means[1], figures(line)["gain"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*methods.STAGES, "signs"))
+    args = parser.parse_args(argv)
+    if args.stage == "signs":
+        print(early_signs(tuple(methods.STAGES)))
+        return 0
+    groups = results(args.stage)
+    if not groups:
+        print(
+            f"findings.py: no run of stage {args.stage} is in: python benchmarks/methods.py {args.stage}",
+            file=sys.stderr,
+        )
+        return 2
+    print(table(groups))
+    found = differences(groups)
+    if found:
+        print("\nSASR has more at the end than (points; mean, 95% interval, least and most of a seed)")
+        for name, of in found.items():
+            half = "" if of["half"] is None else f" ± {of['half']:.1f}"
+            print(f"  {name:24}{of['mean']:6.1f}{half:8}{of['least']:8.1f}{of['most']:7.1f}   {of['seeds']} seeds")
+    if args.stage == "D" and PRIMARY[1] in found:
+        p = found[PRIMARY[1]]["sign_flip_p"]
+        print(f"\nthe primary comparison, {' against '.join(PRIMARY)}: p = {p:.3f}, exact sign-flip test")
+    print(json.dumps({"stage": args.stage, "differences": found}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

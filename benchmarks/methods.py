@@ -44,6 +44,8 @@ OOD = "knights-knaves:width=3,train_size=1,test_size=128 knights-knaves:people=4
 CLOSELY = {"ood_task": OOD, "eval_kl": True, "eval_every": 50, "eval_examples": 256}
 EXAMPLES, SAMPLES = 512, 8
 
+COUNTDOWN = {"task": "countdown:demonstrations=1000", "warmup_steps": 400, "ood_task": "none"}
+
 DEVELOPMENT = (100, 101, 102)
 TEST = (0, 1, 2, 3, 4, 5, 6, 7)
 METRICS = ("reward_mean", "completion_length", "entropy", "loss", "loss_sft", "grad_norm", "grad_norm_sft", "sft_share")
@@ -187,7 +189,64 @@ def main_setting(lines: Lines) -> list[Job]:
     return [job for seed in TEST for job in side_by_side("D", seed, MAIN | CLOSELY, methods, lines)]
 
 
-STAGES: dict[str, Callable[[Lines], list[Job]]] = {"A": rates, "B": open_questions, "D": main_setting}
+def amounts(lines: Lines) -> list[Job]:
+    """E: a quarter and four times as many demonstrations."""
+    methods = methods_of("sasr", "sft", "grpo", "random")
+    return [
+        job
+        for seed in TEST[:4]
+        for n in (50, 800)
+        for setting in [MAIN | CLOSELY | {"task": f"knights-knaves:demonstrations={n}"}]
+        for job in side_by_side("E", seed, setting, methods, lines, f" of {n}")
+    ]
+
+
+def another_task(lines: Lines) -> list[Job]:
+    """F: Countdown. Each method has the better of two pairs of rates, on a development seed, at the end."""
+    names = ("sasr", "sft", "grpo", "sft-then-grpo", "random")
+    tried = {
+        name: [RATES[name], {key: 3 * rate for key, rate in RATES[name].items() if key.endswith("lr")}]
+        for name in names
+    }
+    tuning = [
+        Job("F", f"tuning {name} {n}", DEVELOPMENT[0], {"controller": name} | RATES[name] | rates, COUNTDOWN)
+        for name in names
+        for n, rates in enumerate(tried[name])
+    ]
+    if not all(job.is_that_of(lines.get(job.key)) for job in tuning):
+        return tuning
+    accuracy = {job.name: lines[job.key]["summary"]["accuracy_final"] for job in tuning}
+    best = {name: max((0, 1), key=lambda n: accuracy[f"tuning {name} {n}"]) for name in names}
+    methods = {name: RATES[name] | tried[name][best[name]] for name in names}
+    setting = COUNTDOWN | CLOSELY | {"ood_task": "countdown:numbers=4,train_size=1,test_size=128"}
+    return tuning + [job for seed in TEST[:5] for job in side_by_side("F", seed, setting, methods, lines)]
+
+
+def bad_data(lines: Lines) -> list[Job]:
+    """G: a fifth of the demonstrations are those of other puzzles."""
+    setting = MAIN | CLOSELY | {"task": "knights-knaves:demonstrations=200,swapped=40"}
+    methods = methods_of("sasr", "sft", "grpo")
+    return [job for seed in TEST[:4] for job in side_by_side("G", seed, setting, methods, lines)]
+
+
+def transfer(lines: Lines) -> list[Job]:
+    """H: few prompts of a task for which the model was not warmed up, or not at all."""
+    setting = MAIN | CLOSELY | {"task": "countdown:train_size=100", "ood_task": "none"}
+    warm = {"warmed up on knights and knaves": {"warmup_task": MAIN["task"]}, "not warmed up": {"warmup_steps": 0}}
+    sasr = {"controller": "sasr"} | RATES["sasr"] | {"sft_lr": 1e-3}  # the warm-up's: the demonstrations are new
+    return [Job("H", name, seed, sasr, setting | w, sampled=True) for seed in TEST[:4] for name, w in warm.items()]
+
+
+def others(lines: Lines) -> list[Job]:
+    """I: the other methods, at the rates of the nearest of the test. Exploratory."""
+    nearest = {"relift": "sasr", "parallel": "chord-mu", "chord-phi": "chord-mu", "chord-reward": "chord-mu"}
+    nearest |= dict.fromkeys(("rft", "luffy", "srft", "uft"), "hpt")
+    methods = {name: RATES[like] for name, like in nearest.items()}
+    return [job for seed in TEST[:2] for job in side_by_side("I", seed, MAIN | CLOSELY, methods, lines)]
+
+
+STAGES: dict[str, Callable[[Lines], list[Job]]] = {"A": rates, "B": open_questions, "D": main_setting, "E": amounts}
+STAGES |= {"F": another_task, "G": bad_data, "H": transfer, "I": others}
 
 
 # ----------------------------------------------------------------------------- running

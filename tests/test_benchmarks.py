@@ -380,6 +380,35 @@ def test_the_stage_of_rates_tunes_every_method_equally_often():
         sasr.Config(**job.flags)
 
 
+RUNS_OF = {"A": 42, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "I": 16}
+
+
+@pytest.mark.parametrize(("stage", "runs"), RUNS_OF.items())
+def test_a_stage_plans_runs_that_differ_and_whose_flags_are_valid(stage, runs):
+    """As if each run that may begin had ended, again and again, until none waits."""
+    lines, waiting = {}, 1
+    while waiting:
+        jobs = methods.STAGES[stage](lines)
+        ready = [job for job in jobs if job.adaptive is not None]
+        waiting = len(jobs) - len(ready) + sum(job.key not in lines for job in ready)
+        for job in ready:
+            p = sorted(job.replay) or [0.25] * 2 + [0.75]
+            lines[job.key] = {
+                "config": job.flags,
+                "kinds": "sgg",
+                "p": p,
+                "summary": {"accuracy_final": job.adaptive.get("lr")},
+            }
+            assert job.is_that_of(lines[job.key])
+            sasr.Config(**job.flags | ({"replay": "runs/x"} if job.replay else {}))
+    assert len({job.key for job in jobs}) == len({job.out for job in jobs}) == len(jobs) == runs
+    developed = [job.seed in methods.DEVELOPMENT for job in jobs]
+    assert all(developed) == (stage in "AB")
+    assert any(developed) == (stage in "ABF")
+    if stage == "F":  # where the higher rate was the better one
+        assert {job.adaptive["lr"] for job in jobs if job.name == "grpo"} == {3 * methods.RATES["grpo"]["lr"]}
+
+
 def test_means_over_windows_by_hand():
     records = [{"step": 1, "x": 1.0}, {"step": 10, "x": 4.0}, {"step": 11, "x": 3.0}, {"step": 12}]
     assert methods.windows(records, "x") == [[10, 2.5, 2], [20, 3.0, 1]]

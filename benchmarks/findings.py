@@ -116,42 +116,62 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 # ----------------------------------------------------------------------------- tables
 
-COLUMNS = {"end": 1, "gain": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "four": 1, "SFT": 0}  # digits
+COLUMNS = {"gain": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "four": 1, "SFT": 0}  # with their digits
 COLUMNS |= {"passes": 1, "minutes": 1}
+BASES = {"B": "as in A", "H": "warmed up on knights and knaves"}  # what others are compared with; elsewhere SASR
 
 
-def table(groups: dict[str, list[dict]]) -> str:
-    """A row a method: means over seeds, the interval and the worst seed of `end`; shares in percent.
+def means(groups: dict[str, list[dict]]) -> dict[str, dict]:
+    """By name: the seeds; mean, interval and worst seed of `end`; the mean of each other figure. Shares in percent.
 
     `equal`: accuracy on the curve at the work of the method that did least.
     """
-    width = max(map(len, groups)) + 1
-    rows = [f"{'':{width}}{'seeds':>6}{'end':>13}{'worst':>7}" + "".join(f"{c:>8}" for c in list(COLUMNS)[1:])]
+    found = {}
     least = 1e6 * min(statistics.mean(figures(line)["passes"] for line in lines) for lines in groups.values())
     for name, lines in groups.items():
         each = [figures(line) | {"equal": accuracy_after(line, least)} for line in lines]
-        ends = [f["end"] for f in each]
-        half = interval(ends)
-        row = f"{name:{width}}{len(lines):6}" + f"{statistics.mean(ends):.1f}{f' ± {half:.1f}' if half else ''}".rjust(
-            13
-        )
-        row += f"{min(ends):7.1f}"
-        for label, digits in list(COLUMNS.items())[1:]:
-            values = [f[label] for f in each if label in f]
-            row += f"{statistics.mean(values):8.{digits}f}" if values else f"{'-':>8}"
-        rows.append(row)
+        ends = [of["end"] for of in each]
+        found[name] = {"seeds": len(lines), "end": statistics.mean(ends), "half": interval(ends), "worst": min(ends)}
+        found[name] |= {label: statistics.mean(of[label] for of in each) for label in COLUMNS if label in each[0]}
+    return found
+
+
+def table(found: dict[str, dict]) -> str:
+    width = max(map(len, found)) + 1
+    rows = [f"{'':{width}}{'seeds':>6}{'end':>13}{'worst':>7}" + "".join(f"{label:>8}" for label in COLUMNS)]
+    for name, of in found.items():
+        end = f"{of['end']:.1f}{plus_minus(of['half'])}"
+        cells = (f"{of[label]:8.{digits}f}" if label in of else f"{'-':>8}" for label, digits in COLUMNS.items())
+        rows.append(f"{name:{width}}{of['seeds']:6}{end:>13}{of['worst']:7.1f}" + "".join(cells))
     return "\n".join(rows)
 
 
-def differences(groups: dict[str, list[dict]], base: str = "sasr") -> dict[str, dict]:
-    """By name: what SASR has more than it at the end, in points, over the seeds that both have."""
+def plus_minus(half: float | None) -> str:
+    return "" if half is None else f" ± {half:.1f}"
+
+
+def differences(groups: dict[str, list[dict]], stage: str) -> dict[str, dict]:
+    """By name: what the base has more than it at the end, in points, over the seeds that both have."""
     found = {}
     for name, lines in groups.items():
+        base = BASES.get(stage, "sasr" + name[name.index(" of ") :] if " of " in name else "sasr")
         points = paired(groups.get(base, []), lines, "end") if name != base else []
         if points:
-            found[name] = {"seeds": len(points), "mean": statistics.mean(points), "half": interval(points)}
-            found[name] |= {"least": min(points), "most": max(points), "sign_flip_p": sign_flip(points)}
+            found[name] = {"base": base, "seeds": len(points), "mean": statistics.mean(points)}
+            found[name] |= {"half": interval(points), "least": min(points), "most": max(points)}
+            found[name]["sign_flip_p"] = sign_flip(points)
     return found
+
+
+def spread(lines: list[dict]) -> str:
+    """Of SFT norms at fixed weights, one batch each."""
+    rows = ["the norm over batches of demonstrations, at the weights after the warm-up"]
+    for line in lines:
+        norms, last = line["norms"], line["summary"]["g_warmup"]
+        mean, deviation = statistics.mean(norms), statistics.stdev(norms)
+        text = f"  seed {line['seed']}: {len(norms)} batches, mean {mean:.2f}, standard deviation {deviation:.2f}, "
+        rows.append(text + f"{min(norms):.2f} to {max(norms):.2f}; the last of the warm-up was {last:.2f}")
+    return "\n".join(rows)
 
 
 def early_signs(stages: tuple[str, ...]) -> str:
@@ -188,22 +208,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     groups = results(args.stage)
     if not groups:
-        print(
-            f"findings.py: no run of stage {args.stage} is in: python benchmarks/methods.py {args.stage}",
-            file=sys.stderr,
-        )
+        command = f"python benchmarks/methods.py {args.stage}"
+        print(f"findings.py: no run of stage {args.stage} is in: {command}", file=sys.stderr)
         return 2
-    print(table(groups))
-    found = differences(groups)
-    if found:
-        print("\nSASR has more at the end than (points; mean, 95% interval, least and most of a seed)")
-        for name, of in found.items():
-            half = "" if of["half"] is None else f" ± {of['half']:.1f}"
-            print(f"  {name:24}{of['mean']:6.1f}{half:8}{of['least']:8.1f}{of['most']:7.1f}   {of['seeds']} seeds")
-    if args.stage == "D" and PRIMARY[1] in found:
-        p = found[PRIMARY[1]]["sign_flip_p"]
+    if fixed := groups.pop("fixed weights", []):
+        print(f"{spread(fixed)}\n")
+    found, apart = means(groups), differences(groups, args.stage)
+    print(table(found))
+    if apart:
+        print("\nhow much more another has at the end (points: mean, 95% interval; least and most of a seed)")
+    for name, of in apart.items():
+        text = f"{of['mean']:.1f}{plus_minus(of['half'])}"
+        print(f"  {of['base']} than {name:24}{text:>13}{of['least']:8.1f}{of['most']:7.1f}   {of['seeds']} seeds")
+    if args.stage == "D" and PRIMARY[1] in apart:
+        p = apart[PRIMARY[1]]["sign_flip_p"]
         print(f"\nthe primary comparison, {' against '.join(PRIMARY)}: p = {p:.3f}, exact sign-flip test")
-    print(json.dumps({"stage": args.stage, "differences": found}))
+    print(json.dumps({"stage": args.stage, "methods": found, "differences": apart}))
     return 0
 
 

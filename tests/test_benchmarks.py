@@ -459,9 +459,33 @@ def test_accuracy_at_equal_work_lies_on_the_curve():
 
 def test_differences_are_between_runs_of_one_seed():
     groups = {"sasr": [line_of(0, 0.5), line_of(1, 0.6)], "grpo": [line_of(1, 0.5), line_of(2, 0.1)]}
-    found = findings.differences(groups)["grpo"]
-    assert found.pop("half") is None
-    assert found == pytest.approx({"seeds": 1, "mean": 10, "least": 10, "most": 10, "sign_flip_p": 1})
+    groups |= {"sasr of 50": [line_of(0, 0.1)], "sft of 50": [line_of(0, 0.4)]}
+    found = findings.differences(groups, "E")
+    assert {name: of["base"] for name, of in found.items()} == {"grpo": "sasr", "sft of 50": "sasr of 50"}
+    assert found["sft of 50"]["mean"] == pytest.approx(-30)
+    of_grpo = found["grpo"]
+    assert of_grpo.pop("half") is None
+    assert of_grpo == pytest.approx({"base": "sasr", "seeds": 1, "mean": 10, "least": 10, "most": 10, "sign_flip_p": 1})
+    found = findings.differences({"as in A": [line_of(0, 0.5)], "sasr": [line_of(0, 0.25)]}, "B")
+    assert (found["sasr"]["base"], found["sasr"]["mean"]) == ("as in A", 25)
+
+
+def test_means_and_intervals_over_seeds():
+    curve = {"eval/accuracy": [[10, 0.25], [30, 0.5]]}
+    found = findings.means({"sasr": [line_of(seed, end, **curve) for seed, end in enumerate((0.5, 0.6, 0.7))]})["sasr"]
+    assert found["end"] == pytest.approx(60)
+    assert found["half"] == pytest.approx(4.30 * 10 / 3**0.5)
+    assert (found["worst"], found["seeds"], found["gain"]) == (50, 3, pytest.approx(35))
+    row = findings.table({"sasr": found}).splitlines()[1].split()
+    assert row[:6] == ["sasr", "3", "60.0", "±", "24.8", "50.0"]
+
+
+def test_the_spread_of_the_norm_at_fixed_weights():
+    line = {"seed": 3, "norms": [1.0, 2.0, 3.0], "summary": {"g_warmup": 0.5}}
+    row = findings.spread([line]).splitlines()[1]
+    assert (
+        row == "  seed 3: 3 batches, mean 2.00, standard deviation 1.00, 1.00 to 3.00; the last of the warm-up was 0.50"
+    )
 
 
 def test_early_signs_are_means_over_the_first_tenth_of_the_steps():

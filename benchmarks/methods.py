@@ -119,6 +119,36 @@ def rates(lines: Lines) -> list[Job]:
     ]
 
 
+def rates_again(lines: Lines) -> list[Job]:
+    """A2: three runs a method on another seed. The best two of A, by the mean of their last two evaluations; and the
+    third, or what lies beyond the best if that was at the edge. `random` has SASR's share of SFT steps, and its rates.
+    """
+    one = {
+        "sft": (7e-4, 3e-4, 1e-4),
+        "grpo": (5e-5, 3e-5, 2e-5),
+        "chord-mu": (3e-4, 1e-4, 2e-4),
+        "hpt": (5e-5, 3e-4, 2e-4),
+    }
+    coins = ((5e-4, 5e-5), (2e-4, 5e-5), (1e-3, 5e-5))
+    planned = {
+        "sasr": [{"sft_lr": sft, "lr": lr} for sft, lr in coins],
+        "random": [{"sft_lr": sft, "lr": lr, "sft_fraction": 0.3} for sft, lr in coins],
+        "sft-then-grpo": [{"sft_lr": sft, "lr": lr} for sft, lr in (coins[0], (5e-4, 3e-5), coins[2])],
+    }
+    planned |= {method: [{"lr": rate} for rate in some] for method, some in one.items()}
+    return [
+        Job(
+            "A2",
+            " ".join([method, *(f"{flags[key]:g}" for key in flags if key.endswith("lr"))]),
+            DEVELOPMENT[1],
+            all_of,
+        )
+        for method, some in planned.items()
+        for flags in some
+        for all_of in [{"controller": method} | flags | BY_PROMPT.get(method, {})]
+    ]
+
+
 # Those that decide by prompt draw half of each batch from prompts that have a demonstration.
 BY_PROMPT = {name: {"demonstrated_share": 0.5} for name in ("hpt", "relift", "luffy", "srft", "uft")}
 
@@ -245,8 +275,13 @@ def others(lines: Lines) -> list[Job]:
     return [job for seed in TEST[:2] for job in side_by_side("I", seed, MAIN | CLOSELY, methods, lines)]
 
 
-STAGES: dict[str, Callable[[Lines], list[Job]]] = {"A": rates, "B": open_questions, "D": main_setting, "E": amounts}
-STAGES |= {"F": another_task, "G": bad_data, "H": transfer, "I": others}
+STAGES: dict[str, Callable[[Lines], list[Job]]] = {
+    "A": rates,
+    "A2": rates_again,
+    "B": open_questions,
+    "D": main_setting,
+}
+STAGES |= {"E": amounts, "F": another_task, "G": bad_data, "H": transfer, "I": others}
 
 
 # ----------------------------------------------------------------------------- running

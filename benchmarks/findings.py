@@ -223,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage == "D" and PRIMARY[1] in apart:
         p = apart[PRIMARY[1]]["sign_flip_p"]
         print(f"\nthe primary comparison, {' against '.join(PRIMARY)}: p = {p:.3f}, exact sign-flip test")
-    print(json.dumps({"stage": args.stage, "methods": found, "differences": apart}))
+    exact = json.dumps({"stage": args.stage, "methods": found, "differences": apart})
+    print(json.dumps(json.loads(exact, parse_float=lambda number: round(float(number), 3))))
     return 0
 
 

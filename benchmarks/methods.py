@@ -157,8 +157,8 @@ RATES: dict[str, dict] = {
     "sft": {"lr": 1e-4},
     "grpo": {"lr": 3e-5},
     "sft-then-grpo": {"sft_lr": 2e-4, "lr": 3e-5},
-    "random": {"sft_lr": 2e-4, "lr": 3e-5},
-    "sasr": {"sft_lr": 2e-4, "lr": 3e-5},
+    "random": {"sft_lr": 2e-4, "lr": 5e-5},
+    "sasr": {"sft_lr": 2e-4, "lr": 5e-5},
     "chord-mu": {"lr": 3e-5},
     "hpt": {"lr": 3e-5},
 }

@@ -1,4 +1,4 @@
-"""A decoder-only transformer (Llama, Mistral, Qwen2, Qwen3) with a KV cache, and its checkpoints in and out.
+"""A decoder-only transformer (Llama, Mistral, Qwen2, Qwen3) with a KV cache, adapters, and its checkpoints in and out.
 
 Read it top to bottom: configuration, rotary positions, cache, attention, MLP, the stack, completions, the files.
 Parameters carry their Hugging Face names, so a checkpoint loads without a mapping table, and what
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -37,6 +38,8 @@ from torch.utils.checkpoint import checkpoint
 from data.files import check_link, check_number, one_line, read_json, short_repr
 
 ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "mistral", "qwen2", "qwen3")}
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # may have an adapter
 
 # Keys of a Hugging Face config.json that change the computation, with the one value implemented here.
 FIXED_KEYS = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
@@ -66,6 +69,8 @@ LIMITS = {
     "attention_factor": (1e-3, 1e3),
 }
 
+
+MAX_RANK = 4096  # of an adapter
 
 # ----------------------------------------------------------------------------- configuration
 
@@ -312,15 +317,36 @@ class Linear(nn.Linear):
     """x W^T + bias, computed as (W x^T)^T where that is faster: for the few rows of a decoding step on a CPU.
 
     For large W and at most 128 rows MKL computes W x^T a quarter faster than x W^T. The result is then a view.
+    An adapter (LoRA, arXiv 2106.09685) adds scale (x A^T) B^T, where A [r, in] and B [out, r] are all that is trained.
     """
 
+    def __init__(self, in_features: int, out_features: int, *, bias: bool):
+        super().__init__(in_features, out_features, bias=bias)
+        self.lora_A, self.lora_B, self.scale = None, None, 0.0
+
+    def add_adapter(self, rank: int, scale: float) -> None:
+        """A is random and B zero, as in `peft`, so that nothing changes yet. Both are fp32."""
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
+        self.scale = scale
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + scale B A, in the type of A and B."""
+        return torch.addmm(self.weight.to(self.lora_B.dtype), self.lora_B, self.lora_A, alpha=self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if self.weight.numel() < 2**18 or torch.is_grad_enabled() or x.device.type != "cpu" or rows > 128:
-            return super().forward(x)
-        columns = x.reshape(rows, -1).T  # [in, rows]
-        out = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
-        return out.T.view(*x.shape[:-1], -1)
+        weight, bias, rows = self.weight, self.bias, x.numel() // x.shape[-1]
+        if not (weight.requires_grad or torch.is_autocast_enabled(x.device.type)):  # a frozen one may have fewer bits
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if weight.numel() < 2**18 or torch.is_grad_enabled() or x.device.type != "cpu" or rows > 128:
+            out = F.linear(x, weight, bias)
+        else:
+            columns = x.reshape(rows, -1).T  # [in, rows]
+            out = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+            out = out.T.view(*x.shape[:-1], -1)
+        return out if self.lora_A is None else out + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 class RMSNorm(nn.Module):
@@ -421,6 +447,7 @@ class Transformer(nn.Module):
         self.frequencies, self.rope_factor = rope_frequencies(config)
         self.stored_dtype = torch.float32  # of the files that the weights came from
         self.gradient_checkpointing = False  # recompute each layer in backward: less memory, a third more time
+        self.adapter: dict | None = None  # its part of an adapter_config.json, see `add_adapters`
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -429,8 +456,13 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output matrix [V, D]: the embedding itself where the two are tied."""
-        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """The output matrix [V, D]: the embedding itself where the two are tied; frozen, as wide as its product."""
+        weight = self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return widened(weight) if self.adapter and not torch.is_autocast_enabled(weight.device.type) else weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model["norm"].weight.device
 
     def logits(self, hidden: Tensor) -> Tensor:
         if hidden.is_cuda and self.head.dtype == torch.bfloat16 and not torch.is_grad_enabled():
@@ -448,14 +480,14 @@ class Transformer(nn.Module):
         cache keeps. With positions and a cache, the tokens continue what is in the cache: each attends to that and to
         those of these tokens that stand before it.
         """
-        mask = None
+        mask, x = None, self.model["embed_tokens"](input_ids)  # [B, T, D]
+        x = widened(x) if self.adapter else x
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)  # [B, T]
         elif cache is not None:
             mask = cache.attention_mask(positions)  # bool [B, 1, T, S]
             if input_ids.shape[1] > 1 or mask.is_cuda:
-                mask = self._attention_bias(mask)  # [B, 1, H / K * T, S]
-        x = self.model["embed_tokens"](input_ids)  # [B, T, D]
+                mask = self._attention_bias(mask, x.dtype)  # [B, 1, H / K * T, S]
         cos, sin = self._angles(positions)  # [B, 1, T, head_dim]
         for index, layer in enumerate(self.model["layers"]):
             inputs = (x, cos, sin, positions, mask, None if mask is None else cache)
@@ -481,25 +513,70 @@ class Transformer(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
 
-    def _attention_bias(self, mask: Tensor) -> Tensor:
+    def _attention_bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """A bool mask [B, 1, T, S] as 0 or -inf, with a row for each of the H / K query heads that share keys.
 
         Made once here: else attention makes it in every layer, and keeps each for backward. The memory-efficient one of
         CUDA would also copy a bias in every layer whose rows do not begin at a multiple of 8 elements.
         """
         device, slots = mask.device.type, mask.shape[3]
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         bias = torch.zeros(*mask.shape[:3], -(-slots // 8) * 8, dtype=dtype, device=mask.device)
         bias[..., :slots].masked_fill_(~mask, -torch.inf)
         return bias.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)[..., :slots]
 
+    # ------------------------------------------------------------------------- adapters
+
+    def add_adapters(self, rank: int, alpha: float, targets: str) -> None:
+        """Freeze the weights, and give the projections `targets`, with blanks between, an adapter in each layer."""
+        self.requires_grad_(False)
+        self.adapter = {"r": rank, "lora_alpha": alpha, "target_modules": targets.split()}
+        for name, layer in self.named_modules():
+            if name.rpartition(".")[2] in targets.split():
+                layer.add_adapter(rank, alpha / rank)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What training changes, by name: the adapters' A and B, or without adapters every parameter."""
+        return ((name, p) for name, p in self.named_parameters() if self.adapter is None or ".lora_" in name)
+
+    def merged_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of the same model without adapters, by name and one at a time, in its order of parameters."""
+        for name, weight in self.named_parameters():
+            layer = self.get_submodule(name.rpartition(".")[0])
+            if ".lora_" not in name:
+                adapted = name.endswith("_proj.weight") and layer.lora_A is not None
+                yield name, layer.merged_weight() if adapted else weight
+
+    def save_adapter(self, path: str | Path, base: str = "") -> None:
+        """Write adapter_config.json and adapter_model.safetensors, as `peft` reads them; base names its model."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
+        content = json.dumps(about | {"lora_dropout": 0.0, "inference_mode": True} | self.adapter, indent=2)
+        (path / "adapter_config.json").write_text(content + "\n", encoding="utf-8")
+        tensors = {f"base_model.model.{name}.weight": p.detach().contiguous() for name, p in self.trained_parameters()}
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def load_adapter(self, path: str | Path) -> None:
+        """Take A and B from a directory of `peft`. Raises ValueError naming the tensor that does not fit this model."""
+        tensors, own, file = read_adapter(path)[1], dict(self.trained_parameters()), Path(path) / ADAPTER_FILE
+        for name in sorted(tensors.keys() ^ own.keys()):
+            raise ValueError(f"{file}: {'missing' if name in own else 'surplus'} tensor for {name[:200]}")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                found, wanted = list(tensor.shape), list(own[name].shape)
+                raise ValueError(f"{file}: tensor for {name} has shape {found}, but the model asks for {wanted}")
+            own[name].copy_(tensor)
+
     # ------------------------------------------------------------------------- files
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device="cpu") -> Self:
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | None = torch.float32, device="cpu") -> Self:
         """Load a directory with config.json and safetensors, one file or sharded, of floats of 16 to 64 bits.
 
-        Raises ValueError naming the file and the tensor that is missing, surplus or of the wrong shape.
+        dtype: of all weights; None: as in the files. Raises ValueError naming the file and the tensor that is missing,
+        surplus or of the wrong shape.
         """
         config = read_config(path)
         with torch.device("meta"):  # shapes only: the weights come from the files
@@ -520,7 +597,7 @@ class Transformer(nn.Module):
                 raise ValueError(f"{file}: tensor {name} has shape {found}, but config.json asks for {wanted}")
             if name == "model.embed_tokens.weight":  # some exports keep their norms in another type
                 stored = tensor.dtype
-            tensor = tensor.to(device, dtype)
+            tensor = tensor.to(device, dtype or tensor.dtype)
             if name in state and not torch.equal(state[name], tensor):  # a tied model's two, in either order
                 raise ValueError(f"{file}: a second {name} that differs (lm_head.weight of a tied model counts as one)")
             state[name] = tensor
@@ -532,14 +609,19 @@ class Transformer(nn.Module):
         return model.requires_grad_()
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors, in the weights' own type or in another one."""
+        """Write config.json and model.safetensors, adapters merged, in the weights' own type or in another one."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.head.dtype
         config = self.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in self.merged_parameters()}
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def widened(x: Tensor) -> Tensor:
+    """In fp32, if it has fewer bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ----------------------------------------------------------------------------- completions, in training
@@ -619,10 +701,57 @@ def read_tensors(path: Path):
         file = path / name
         if not re.fullmatch(r"[\w-][\w.-]*", name) or not os.path.isfile(file):  # Path.is_file may raise
             raise ValueError(f"{index}: names the shard {name[:100]!r}, which is not a file of this directory")
-        check_link(file)
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                    yield key, file, tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({one_line(error)})") from None
+        yield from read_safetensors(file)
+
+
+def read_safetensors(file: Path):
+    """Yield (name, file, tensor). Raises ValueError naming the file where it leads elsewhere or cannot be read."""
+    check_link(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+                yield key, file, tensors.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({one_line(error)})") from None
+
+
+# ----------------------------------------------------------------------------- the files of an adapter
+
+ADAPTER_FILE = "adapter_model.safetensors"
+# Keys of an adapter_config.json that may have a value. What another one asks for is beyond plain LoRA.
+IDLE_KEYS = "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha"
+IDLE_KEYS += " target_modules lora_dropout init_lora_weights megatron_core qalora_group_size layers_pattern"
+
+
+def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """The flags that describe a directory of `peft`, and A and B by the names that they have here.
+
+    Which projections it adapts is told by the tensors: target_modules may be a pattern, too. Raises ValueError naming
+    the file, and the key or tensor that is missing, no part of a plain LoRA, or of another rank.
+    """
+    config_file, file = Path(path) / "adapter_config.json", Path(path) / ADAPTER_FILE
+    for needed in (config_file, file):
+        if not needed.is_file():
+            raise ValueError(f"--adapter {path}: no directory of peft, as {needed.name} is not there")
+    raw = read_json(config_file)
+    refused = [key for key in raw if key not in IDLE_KEYS.split() and raw[key] not in (None, False, "none", [], {})]
+    refused += ["peft_type"] * (raw.get("peft_type") != "LORA")
+    if raw.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):  # others change the base, too
+        refused.append("init_lora_weights")
+    for key in refused:
+        raise ValueError(f"{config_file}: {key[:100]} {short_repr(raw.get(key))} is not supported, only plain LoRA")
+    check_number(f"{config_file}: r", raw.get("r"), 1, MAX_RANK)
+    check_number(f"{config_file}: lora_alpha", raw.get("lora_alpha"), 1e-6, 1e6)
+    tensors, targets = {}, set()
+    for name, _, tensor in read_safetensors(file):
+        found = re.fullmatch(rf"base_model\.model\.(.*\.({'|'.join(PROJECTIONS)})\.lora_([AB]))\.weight", name)
+        if not found or tensor.dim() != 2 or not tensor.is_floating_point():
+            raise ValueError(f"{file}: surplus tensor {name[:200]!r}, which is no A or B of a projection")
+        if tensor.shape[0 if found[3] == "A" else 1] != raw["r"]:
+            raise ValueError(f"{file}: tensor {name[:200]} has shape {list(tensor.shape)}, but r is {raw['r']}")
+        tensors[found[1]] = tensor
+        targets.add(found[2])
+    if not tensors:
+        raise ValueError(f"{file}: there are no tensors in it")
+    targets = " ".join(projection for projection in PROJECTIONS if projection in targets)
+    return {"lora_rank": raw["r"], "lora_alpha": float(raw["lora_alpha"]), "lora_targets": targets}, tensors

@@ -216,12 +216,14 @@ class Trainer(Setup):
         self.state, self.progress, self.interrupt = State(), Progress(), Interrupt()
         self.model = self.make_model().to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        # What samples are drawn from: the model itself, or on CUDA a bf16 copy of it.
-        self.sampler = self.model if self.device.type == "cpu" else copy.deepcopy(self.model).bfloat16()
+        # What samples are drawn from: the model itself, or a copy, on CUDA in bf16, into which adapters are merged.
+        self.sampler = copy.copy(self.model) if config.compile else self.model  # sampling is slower when compiled
+        self.sampler_is_copy = self.device.type == "cuda" or config.lora_rank > 0
+        if self.sampler_is_copy:
+            with torch.device("meta"):  # without weights until `fresh_sampler`
+                self.sampler = Transformer(self.shape).to(torch.bfloat16 if self.device.type == "cuda" else None)
         if config.compile:
             torch._dynamo.config.recompile_limit = 64  # SFT, GRPO and log-probs differ in what they pass and keep
-            if self.sampler is self.model:
-                self.sampler = copy.copy(self.model)  # the same weights; sampling is slower when compiled
             self.model.compile(dynamic=True)
         self.sampling = SamplingParams(self.task.max_new_tokens, config.temperature, **self.codec.stops)
         self.samplers: dict = {}  # buffers and CUDA graphs, kept from one rollout to the next
@@ -266,17 +268,32 @@ class Trainer(Setup):
             self.controller.g_warmup, self.controller.g_last = config.kl_target, 0.0  # p_0 = 0: the KL to itself is 0
 
     def frozen_copy(self) -> Transformer:
-        """The model of this moment. It is never trained, so on CUDA bf16 is enough."""
-        frozen = copy.deepcopy(self.model).requires_grad_(False)
+        """The model of this moment; of adapters' base there is only one. Never trained, so on CUDA bf16 is enough."""
+        base = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        frozen = copy.deepcopy(self.model, base).requires_grad_(False)
         frozen = frozen.bfloat16() if self.device.type == "cuda" else frozen
-        return frozen.to("cpu") if self.config.offload_reference else frozen
+        return frozen.to("cpu") if self.config.offload_reference and not base else frozen
 
     @contextlib.contextmanager
     def on_device(self, frozen: Transformer):
         """A frozen copy on the device, for as long as it is needed there."""
         yield frozen.to(self.device)
-        if self.config.offload_reference:
+        if self.config.offload_reference and not frozen.adapter:
             frozen.to("cpu")
+
+    @contextlib.contextmanager
+    def fresh_sampler(self):
+        """The sampler, as the model is now. Gradients make room for its cache; a copy on a CPU is freed again."""
+        self.model.zero_grad(set_to_none=True)
+        if self.sampler_is_copy:
+            if self.sampler.head.is_meta:
+                self.sampler.to_empty(device=self.device)
+            with torch.no_grad():  # in place, as CUDA graphs read these addresses
+                for copied, (_, merged) in zip(self.sampler.parameters(), self.model.merged_parameters(), strict=True):
+                    copied.copy_(merged)
+        yield self.sampler
+        if self.sampler_is_copy and self.device.type == "cpu":
+            self.sampler.to("meta")
 
 
 def after_step(trainer: Trainer) -> dict[str, float]:
@@ -284,7 +301,6 @@ def after_step(trainer: Trainer) -> dict[str, float]:
     config, state, scores = trainer.config, trainer.state, {}
     if state.step in config.evaluation_steps:
         started = time.perf_counter()
-        refresh_sampler(trainer)
         scores = evaluate(trainer)
         state.seconds["eval"] += time.perf_counter() - started
         state.scores = scores
@@ -493,24 +509,15 @@ def next_groups(trainer: Trainer, number: int, t: int) -> list[Group]:
 def sample(trainer: Trainer, prompts: list[list[int]], attempt: int = 0) -> Rollout:
     """A group of completions for each prompt, from the policy as it is now; others at each attempt of a step."""
     config = trainer.config
-    refresh_sampler(trainer)
     seeds = rng_for(config.seed, "samples", trainer.state.step).integers(2**63, size=attempt + 1)  # one an attempt
     generator = torch.Generator(trainer.device).manual_seed(int(seeds[-1]))
     options = {"memory_limit": int(1e9 * config.rollout_memory), "samplers": trainer.samplers, "generator": generator}
-    rollout = generate(trainer.sampler, prompts, trainer.sampling, group_size=config.group_size, **options)
+    with trainer.fresh_sampler() as sampler:
+        rollout = generate(sampler, prompts, trainer.sampling, group_size=config.group_size, **options)
     if rollout.chunks > trainer.chunks:
         trainer.chunks, rows = rollout.chunks, len(rollout.completions)
         trainer.progress.say(f"the cache of {rows} completions does not fit: {trainer.chunks} chunks a rollout")
     return rollout
-
-
-@torch.no_grad()
-def refresh_sampler(trainer: Trainer) -> None:
-    """Make room for the cache by freeing the gradients; on CUDA, copy the weights into the sampler's bf16 model."""
-    trainer.model.zero_grad(set_to_none=True)
-    if trainer.device.type == "cuda":  # elsewhere the weights are shared
-        for copied, trained in zip(trainer.sampler.parameters(), trainer.model.parameters(), strict=True):
-            copied.copy_(trained)
 
 
 def add_samples(trainer: Trainer, groups: list[Group], completions: list, logprobs: list, finished: list) -> None:
@@ -663,10 +670,10 @@ def accumulate_gradient(model: Transformer, parts: list[Part], config: Config, m
     is that of all parameters before clipping, which is what clip_grad_norm_ returns; `.grad` is clipped.
     """
     model.zero_grad(set_to_none=True)
-    totals: dict[str, Tensor] = {"loss": torch.zeros((), device=model.head.device)}
+    totals: dict[str, Tensor] = {"loss": torch.zeros((), device=model.device)}
     trained = read = padding = 0  # tokens: of completions; all that is read; what of that is padding
     for part in parts:
-        batch, device, tokens = part.batch, model.head.device, sum(map(len, part.batch.completions))
+        batch, device, tokens = part.batch, model.device, sum(map(len, part.batch.completions))
         whole = torch.full((len(batch.completions),), tokens) if batch.denominators is None else batch.denominators
         denominators = whole.to(device) / part.weight  # [B]
         trained += tokens
@@ -703,7 +710,7 @@ def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: floa
 @torch.no_grad()
 def compute_logprobs(model: Transformer, batch: Batch, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, both [N], of the completion tokens of a batch, without gradient."""
-    logprobs, entropy = torch.zeros(2, sum(map(len, batch.completions)), device=model.head.device)  # [N]
+    logprobs, entropy = torch.zeros(2, sum(map(len, batch.completions)), device=model.device)  # [N]
     for micro in micro_batches(batch, max_tokens, logprobs.device):
         logprobs[micro.token_index], entropy[micro.token_index] = completion_logprobs(model, micro, batch.temperature)
     return logprobs, entropy
@@ -713,9 +720,10 @@ def compute_logprobs(model: Transformer, batch: Batch, max_tokens: int) -> tuple
 
 
 def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
-    """AdamW; weight decay pulls on matrices, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW; weight decay pulls on matrices, not on norms, biases and adapters."""
+    trained = [p for _, p in model.trained_parameters()]
+    matrices = [p for p in trained if p.dim() >= 2 and not model.adapter]
+    others = [p for p in trained if p.dim() < 2 or model.adapter]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 

@@ -5,6 +5,7 @@
     OUT/samples.jsonl     the answers of the last evaluation, with their grades; sample 0 is the greedy one
     OUT/checkpoint/       what a resume needs: tensors.safetensors, state.json; checkpoint.old/ is the one before
     OUT/model/            the trained model in Hugging Face layout, written with each checkpoint
+    OUT/adapter/          with --lora-rank, what is trained, as `peft` has it; it is merged into OUT/model
     OUT/summary.json      the closing numbers
 
 A line of the metrics has `step`, `phase`, `kind`, `loss`, `grad_norm` (before clipping), `lr`, `seconds`, `tokens` and
@@ -234,13 +235,19 @@ def default_out(config: RunConfig, kind: str) -> str:
 
 def save(trainer, folder: RunFolder, fingerprint: dict[str, str]) -> None:
     """The model first: a run whose last checkpoint says that it has finished has its last model, too."""
-    folder.replace_folder("model", partial(save_model, trainer))
+    save_weights(trainer, folder)
     state = dataclasses.asdict(trainer.state)
     state["unlogged"] = state.pop("pending")  # its name in files
     config = dataclasses.asdict(trainer.config)
     saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": fingerprint}
     saved["method"] = trainer.method.memory
     folder.save_checkpoint(named_tensors(trainer), saved | {"config": config, "config_hash": trainer.config.hash()})
+
+
+def save_weights(trainer, folder: RunFolder) -> None:
+    folder.replace_folder("model", partial(save_model, trainer))
+    if trainer.model.adapter:
+        folder.replace_folder("adapter", partial(trainer.model.save_adapter, base=trainer.config.model))
 
 
 def save_model(trainer, path: Path) -> None:
@@ -251,15 +258,15 @@ def save_model(trainer, path: Path) -> None:
 
 
 def named_tensors(trainer) -> dict[str, Tensor]:
-    """Weights, Adam's moments and the frozen policies, each under its own prefix."""
-    named = {f"model.{name}": p for name, p in trainer.model.named_parameters()}
+    """Weights, Adam's moments and the frozen policies, each under its own prefix; of adapters not what is frozen."""
+    named = {f"model.{name}": p for name, p in trainer.model.trained_parameters()}
     for prefix, optimizer in optimizers(trainer).items():
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in trainer.model.trained_parameters():
             for key, value in optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
                 named[f"{prefix}.{key}.{name}"] = value
     for prefix in FROZEN:
         if (frozen := getattr(trainer, prefix)) is not None:
-            named |= {f"{prefix}.{name}": p for name, p in frozen.named_parameters()}
+            named |= {f"{prefix}.{name}": p for name, p in frozen.trained_parameters()}
     return named
 
 
@@ -288,6 +295,9 @@ def fingerprint_of(trainer) -> dict[str, str]:
         "demonstrations": (ids for task in trained for pair in task.demonstrations for ids in pair),
         "evaluation prompts": (ids for task in tested for ids in task.eval_prompts),
     }
+    if trainer.model.adapter:  # what a checkpoint does not hold
+        for kind, folder in {"weights": trainer.checkpoint, "adapter": trainer.config.adapter}.items():
+            kinds[f"{kind} (*.safetensors)"] = map(sha256, sorted(Path(folder).glob("*.safetensors")) if folder else [])
     return {kind: sum_of(items) for kind, items in kinds.items()}
 
 
@@ -302,7 +312,7 @@ def sum_of(items: Iterable) -> str:
 
 def check_fingerprint(trainer, saved: dict[str, str] | int, now: dict[str, str]) -> None:
     """Raises ValueError naming the first kind that is not as it was. A reward may have been mended: that is told."""
-    flags = " ".join(f"--{name} {value}" for name in ("task", "data", "model") if (value := vars(trainer.config)[name]))
+    flags = " ".join(f"--{n} {v}" for n in ("task", "data", "model", "adapter") if (v := vars(trainer.config)[n]))
     if isinstance(saved, int):
         examples = [(task.source.train, task.source.test) for task in (trainer.task, trainer.warmup_task)]
         if saved != zlib.crc32((trainer.codec.tokenizer.to_str() + repr(examples)).encode()):
@@ -347,7 +357,7 @@ def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str])
     for prefix in frozen:
         setattr(trainer, prefix, trainer.frozen_copy())  # as yet the weights that the run began with
     for prefix, optimizer in optimizers(trainer).items():
-        for p in trainer.model.parameters() if prefix in prefixes else ():  # not before the first step
+        for _, p in trainer.model.trained_parameters() if prefix in prefixes else ():  # not before the first step
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     for name, tensor in named_tensors(trainer).items():

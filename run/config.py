@@ -19,9 +19,10 @@ from typing import Self
 from baselines import METHODS, PUBLISHED, Method, make_method, may_choose_grpo
 from data.files import check_number
 from data.task import MAX_REWARD
+from model import MAX_RANK, PROJECTIONS, read_adapter
 from rollout import MIN_TEMPERATURE
 
-PATHS = ("data", "reward", "model", "replay")  # a run keeps these absolute and outside its hash, and each may be moved
+PATHS = ("data", "reward", "model", "adapter", "replay")  # a run keeps these absolute, and each may be moved
 MAX = 10**7  # the largest value of any number but the seed: no run could use more
 
 
@@ -75,6 +76,10 @@ class RunConfig:
     layers: int = option(4, "from scratch: decoder layers", low=1)
     heads: int = option(4, "from scratch: attention heads", low=1)
     vocab_size: int = option(1024, "from scratch: size of the vocabulary at most", low=257)
+    lora_rank: int = option(0, "train adapters (LoRA) of this rank on a frozen --model; 0: no", high=MAX_RANK)
+    lora_alpha: float = option(32.0, "an adapter is scaled by this over its rank", low=1e-6)
+    lora_targets: str = option(" ".join(PROJECTIONS), "which projections get one", several=True, choices=[*PROJECTIONS])
+    adapter: str = resumable("", "start from this one, a directory of peft, with its rank, alpha and targets")
     compile: bool = resumable(False, "torch.compile for training: minutes at the first steps, faster ones after")
 
     max_new_tokens: int = option(0, "tokens per completion; 0: 5/4 of the longest demonstration", group="sizes")
@@ -102,11 +107,12 @@ class RunConfig:
         """Raise ValueError naming the flag, the value and what is allowed."""
         for spec in dataclasses.fields(self):
             value, flag, rules = getattr(self, spec.name), flag_name(spec.name), spec.metadata
+            words = (str(value).split() if rules["several"] else []) or [value]
             if spec.type in (int, float):
                 check_number(flag, value, spec.type(rules["low"]), rules["high"])
             elif not isinstance(value, spec.type):
                 raise ValueError(f"{flag} {value!r}: must be of type {spec.type.__name__}")
-            elif rules["choices"] and value not in rules["choices"]:
+            elif rules["choices"] and not set(words) <= set(rules["choices"]):
                 raise ValueError(f"{flag} {value}: choose from {', '.join(rules['choices'])}")
         for name in PATHS:
             path = path_in(name, value := getattr(self, name))
@@ -121,6 +127,13 @@ class RunConfig:
             raise ValueError(f"--eval-temperature {self.eval_temperature}: must be 0, or at least {MIN_TEMPERATURE}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of twice --heads {self.heads}")
+        if self.adapter and (os.path.isdir(self.adapter) or not self.lora_rank):  # else it was there, and has moved
+            for name, value in read_adapter(self.adapter)[0].items():
+                if (asked := getattr(self, name)) not in (getattr(RunConfig, name), value):  # neither default nor its
+                    raise ValueError(f"{flag_name(name)} {asked}: --adapter {self.adapter} has {value}")
+                setattr(self, name, value)
+        if self.lora_rank and not self.model:
+            raise ValueError("--lora-rank and --adapter need --model: a model from scratch has nothing to adapt")
         if self.reward_on_error != "stop":
             try:
                 check_number("--reward-on-error", float(self.reward_on_error), -MAX_REWARD, MAX_REWARD)
@@ -298,7 +311,7 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             names = rules["choices"]
-            values = {"choices": names} if names else {"metavar": spec.type.__name__.upper()}
+            values = {"choices": names} if names and not rules["several"] else {"metavar": spec.type.__name__.upper()}
             if len(names) > 5:  # too many for braces
                 values["metavar"], text = "NAME", f"{text}: {', '.join(names)}"
             values["action"] = "append" if rules["several"] else "store"

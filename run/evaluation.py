@@ -30,7 +30,7 @@ def evaluate(trainer) -> dict[str, float]:
     trainer.answers = []
     if not trainer.task.evaluated:
         return {}
-    with trainer.interrupt.at_once():
+    with trainer.interrupt.at_once(), trainer.fresh_sampler():
         scores, greedy = evaluate_task(trainer, trainer.task, trainer.config.eval_split)
         for suffix, task in trainer.ood_tasks.items():
             of_ood, _ = evaluate_task(trainer, task, suffix.removeprefix("_"))
@@ -93,7 +93,7 @@ def draw_answers(trainer, tokenized: TokenizedTask, params: SamplingParams, samp
 @torch.no_grad()
 def kl_to_reference(model: Transformer, reference: Transformer, batch: Batch, max_tokens: int) -> float:
     """KL(model || reference) in nats, exact over the vocabulary, mean over the completion tokens of a batch."""
-    total, tokens, device = 0.0, sum(map(len, batch.completions)), model.head.device
+    total, tokens, device = 0.0, sum(map(len, batch.completions)), model.device
     for micro in micro_batches(batch, max_tokens, device):
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             hidden, ref_hidden = completion_hidden(model, micro), completion_hidden(reference, micro)

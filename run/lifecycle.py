@@ -22,7 +22,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -30,7 +29,7 @@ from data.files import one_line, read_json
 from data.isolated import VerifierFailed
 from model import resolve_checkpoint
 
-from .checkpoint import Checkpoint, RunFolder, default_out, fingerprint_of, read_state, restore, save, save_model
+from .checkpoint import Checkpoint, RunFolder, default_out, fingerprint_of, read_state, restore, save, save_weights
 from .config import RunConfig, check_resume, flag_name, path_in, today
 from .diagnosis import diagnose
 from .report import headline, progress_line, say, summarise
@@ -66,7 +65,7 @@ class Run:
             with trainer.interrupt, trainer.progress:
                 trainer.progress.say(headline(trainer, folder.path))
                 if trainer.state.step == self.config.total_steps and not trainer.state.pending:  # no step will save it
-                    folder.replace_folder("model", partial(save_model, trainer))
+                    save_weights(trainer, folder)
                 try:
                     yield
                 except Stopped:
@@ -175,7 +174,7 @@ def resumed_run(
 
 def with_files(config: RunConfig, source: RunFolder, overrides: dict, checkpoint: Checkpoint | None) -> RunConfig:
     """For a --model that is gone, OUT/model; its weights are in the checkpoint. ValueError names what else is gone."""
-    for name in ("data", "reward", "replay"):
+    for name in ("data", "reward", "adapter", "replay"):
         if (path := path_in(name, getattr(config, name))) and not os.path.exists(path):
             raise ValueError(f"{flag_name(name)} {path}: no such file or folder; {flag_name(name)} names its new place")
     try:
@@ -185,7 +184,7 @@ def with_files(config: RunConfig, source: RunFolder, overrides: dict, checkpoint
     except ValueError as error:
         own = next((p for n in ("model", "model.old") if (p := source.path / n / "config.json").is_file()), None)
         needs_initial = config.kl_coef and config.reference == "initial"
-        lost = not checkpoint or (needs_initial and not checkpoint.keeps_initial)
+        lost = not checkpoint or (needs_initial and not checkpoint.keeps_initial) or config.lora_rank
         if "model" in overrides or lost or not own:
             raise ValueError(f"{error}; --model names its new place") from None
         say(f"{error}; going on from the run's own {own.parent}, and the weights of its checkpoint")

@@ -3,6 +3,7 @@
 import torch
 
 from data.batch import default_max_tokens
+from data.files import read_json
 from model import ModelConfig, Transformer
 from rollout import free_memory
 
@@ -15,7 +16,14 @@ def memory_plan(setup: Setup) -> dict[str, float]:
     """Bytes on the device by what they are for, and the `peak`: what stays, and an update or an evaluation on top."""
     config, shape, task, cuda = setup.config, setup.shape, setup.task, setup.device.type == "cuda"
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(shape).parameters())
+        model = Transformer(shape)
+        parameters, frozen = sum(p.numel() for p in model.parameters()), 0
+        if config.lora_rank:
+            model.add_adapters(config.lora_rank, config.lora_alpha, config.lora_targets)
+            about = read_json(setup.checkpoint / "config.json")
+            half = cuda or any(about.get(key) in ("bfloat16", "float16") for key in ("dtype", "torch_dtype"))
+            frozen = 2 if half else 4  # bytes of a weight under adapters
+    trained = sum(p.numel() for _, p in model.trained_parameters())
     copy_bytes = 2 if cuda else 4  # bf16 where it is used for arithmetic
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * copy_bytes  # of a cache
     completion = task.longest_prompt + task.max_new_tokens  # tokens
@@ -29,24 +37,24 @@ def memory_plan(setup: Setup) -> dict[str, float]:
 
     sft_tokens = config.sft_batch_size * (task.longest_prompt + task.longest_demonstration)
     grpo_tokens = config.prompts_per_step * task.longest_prompt + rows * task.max_new_tokens
-    frozen = (config.kl_coef > 0) + config.keeps_warmed_up
+    policies = (config.kl_coef > 0) + config.keeps_warmed_up
     tokens = min(default_max_tokens(config.tokens_per_microbatch, setup.device), max(sft_tokens, grpo_tokens))
     plan = {
-        "weights": 4 * parameters,
-        "optimizer": 8 * parameters * (1 + config.separate_moments),
+        "weights": 4 * trained + frozen * parameters,
+        "optimizer": 8 * trained * (1 + config.separate_moments),
         "sampler's copy": 2 * parameters if cuda else 0,
-        "reference": frozen * copy_bytes * parameters * (not (cuda and config.offload_reference)),
+        "reference": policies * copy_bytes * trained * (not (cuda and config.offload_reference)),
         "rollout cache": cache + rows * draws,
     }
     stays = sum(plan.values())
-    plan["gradients"] = 4 * parameters
-    plan["activations"] = activation_bytes(shape, max(tokens, completion), config.gradient_checkpointing, cuda)
+    plan["gradients"] = 4 * trained
+    plan["activations"] = activation_bytes(shape, max(tokens, completion), config.gradient_checkpointing, cuda, frozen)
     plan["activations"] += attention_bias_bytes(shape, min(tokens, rows * task.max_new_tokens), completion, cuda)
-    plan["evaluation"] = eval_cache + eval_rows * draws
+    plan["evaluation"] = eval_cache + eval_rows * draws + 4 * parameters * (frozen > 0 and not cuda)  # merged weights
     return plan | {"peak": stays + max(plan["gradients"] + plan["activations"], plan["evaluation"])}
 
 
-def activation_bytes(shape: ModelConfig, tokens: int, checkpointing: bool, cuda: bool) -> float:
+def activation_bytes(shape: ModelConfig, tokens: int, checkpointing: bool, cuda: bool, frozen: int = 0) -> float:
     """What backward needs of a micro-batch: what each layer saved (on CUDA in bf16), and the largest temporaries."""
     small, hidden, mlp = 2 if cuda else 4, shape.hidden_size, shape.intermediate_size
     queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
@@ -56,16 +64,19 @@ def activation_bytes(shape: ModelConfig, tokens: int, checkpointing: bool, cuda:
         attention += 4 * (queries + keys) * (1 if cuda else 2)
     layer = 2 * norm + attention + small * 4 * mlp  # bytes a token; the MLP keeps gate, SiLU, up and product
     backward = small * 3 * mlp + 4 * 2 * hidden  # gradients on their way through a layer
-    bf16_weights = 2 * (2 * hidden * (queries + keys) + 3 * hidden * mlp) if cuda else 0
+    # Weights are cast for their products: trained ones on CUDA to bf16, `frozen` ones of 2 bytes on a CPU to fp32.
+    cast_bytes = 2 * (frozen == 0) if cuda else 4 * (frozen == 2)
+    cast_weights = cast_bytes * (2 * hidden * (queries + keys) + 3 * hidden * mlp)
     if checkpointing:
         # Backward has one layer's at a time, but autocast keeps its copies of all weights until forward ends.
-        of_layers = max(tokens * layer + bf16_weights, shape.num_hidden_layers * bf16_weights)
+        of_layers = max(tokens * layer + cast_weights, shape.num_hidden_layers * cast_weights * cuda)
         saved = tokens * 4 * hidden * shape.num_hidden_layers + of_layers
     else:
-        saved = shape.num_hidden_layers * (tokens * layer + bf16_weights)
-    # The gradient of the output matrix, before it is added to the embedding's; on CUDA also the matrix in bf16.
-    head = (6 if cuda else 4) * shape.vocab_size * hidden
-    logits = min(tokens * shape.vocab_size, 2**26) * small + 4 * 3 * tokens * hidden
+        saved = shape.num_hidden_layers * (tokens * layer + cast_weights)
+    # The gradient of the output matrix, before it is added to the embedding's; and the matrix where it is cast.
+    head = ((0 if frozen else 4) + cast_bytes) * shape.vocab_size * hidden
+    wide = 2 if frozen and not cuda else 1  # the head's gradient is not there to make place for a second [N, V]
+    logits = wide * min(tokens * shape.vocab_size, 2**26) * small + 4 * 3 * tokens * hidden
     return saved + max(tokens * backward, head + logits)
 
 

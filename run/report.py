@@ -63,14 +63,14 @@ def clock(seconds: float) -> str:
 def headline(trainer, out: Path) -> str:
     """What is about to happen, before anything takes time."""
     config, task, step = trainer.config, trainer.task, trainer.state.step
-    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    parameters = sum(p.numel() for _, p in trainer.model.trained_parameters()) / 1e6
     graded_by = f", graded by {config.verifier}" if config.verifier else ""
     start = "first, an evaluation" if task.evaluated else "from the first step on"
     return "\n".join([*dropped_report(trainer), ""]) + (
         f"{config.controller} on {task.source.name}: {len(task.train_prompts)} training prompts, "
         f"{len(task.demonstrations)} with a demonstration{graded_by}\n"
-        f"{parameters:.2f} M parameters {config.model or 'from scratch'}, on {trainer.device}; "
-        f"{config.warmup_steps} warm-up steps, then {config.steps} adaptive ones\n"
+        f"{parameters:.2f} M {'adapter ' if trainer.model.adapter else ''}parameters {config.model or 'from scratch'}, "
+        f"on {trainer.device}; {config.warmup_steps} warm-up steps, then {config.steps} adaptive ones\n"
         f"writing to {out}; {f'resuming after step {step}' if step else start}"
     )
 

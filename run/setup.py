@@ -94,12 +94,19 @@ class Setup:
         return drawn
 
     def make_model(self) -> Transformer:
-        """With the weights of --model, or random ones, which are the same for the same seed."""
-        if self.checkpoint:
-            return Transformer.from_pretrained(resolve_checkpoint(self.config.model))
+        """With the weights of --model, or random ones, which are the same for the same seed, as adapters are."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            return Transformer(self.shape)
+            if not self.checkpoint:
+                return Transformer(self.shape)
+            frozen = torch.bfloat16 if self.device.type == "cuda" else None  # None: as the files have it
+            dtype = frozen if self.config.lora_rank else torch.float32
+            model = Transformer.from_pretrained(resolve_checkpoint(self.config.model), dtype=dtype)
+            if self.config.lora_rank:
+                model.add_adapters(self.config.lora_rank, self.config.lora_alpha, self.config.lora_targets)
+        if self.config.adapter:
+            model.load_adapter(self.config.adapter)
+        return model
 
 
 @contextlib.contextmanager

@@ -290,13 +290,13 @@ def test_completions_of_shared_prompts_have_the_states_and_gradients_of_whole_se
 def test_the_bias_of_a_mask_has_a_row_per_query_head_and_rows_that_begin_at_multiples_of_8(time, slots):
     model = random_model()  # two query heads share keys
     mask = torch.rand(4, 1, time, slots, generator=torch.Generator().manual_seed(0)) < 0.5
-    bias = model._attention_bias(mask)
+    bias = model._attention_bias(mask, torch.float32)
     assert torch.equal(bias, torch.where(mask, 0.0, -torch.inf).repeat(1, 1, 2, 1))
     assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
     assert bias.stride(-1) == 1
     q, k, v = torch.randn(4, 2, 2 * time, 16), *torch.randn(2, 4, 2, slots, 16)
     mask = mask | (torch.arange(slots) == 0)  # every token attends to something
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=model._attention_bias(mask))
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=model._attention_bias(mask, torch.float32))
     assert_close(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, 2, 1)), 1e-6)
 
 

@@ -50,7 +50,7 @@ def figures(line: dict) -> dict[str, float]:
         ("pass@1", "pass@1"),
         ("pass@8", "pass@8"),
         ("wider", "accuracy_ood"),
-        ("four", "accuracy_ood2"),
+        ("nested", "accuracy_ood2"),
     ):
         shares |= {label: final[key]} if key in final else {}
     _, passes, trained, of_sft = map(sum, zip((0.0,) * 4, *work(line), strict=True))
@@ -116,7 +116,7 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 # ----------------------------------------------------------------------------- tables
 
-COLUMNS = {"gain": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "four": 1, "SFT": 0}  # with their digits
+COLUMNS = {"gain": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "nested": 1, "SFT": 0}  # with their digits
 COLUMNS |= {"passes": 1, "minutes": 1}
 BASES = {"B": "as in A", "H": "warmed up on knights and knaves"}  # what others are compared with; elsewhere SASR
 

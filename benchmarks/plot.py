@@ -154,7 +154,7 @@ def percent(values: Curve) -> Curve:
 PANELS = {
     "accuracy in domain, %": lambda line: percent(curve(line, "eval/accuracy")),
     "accuracy on wider claims, %": lambda line: percent(curve(line, "eval/accuracy_ood")),
-    "accuracy with one more person, %": lambda line: percent(curve(line, "eval/accuracy_ood2")),
+    "accuracy on nested claims, %": lambda line: percent(curve(line, "eval/accuracy_ood2")),
     "p_t; of a mixture, the share of SFT": decisions,
     "gradient norm of the SFT loss": lambda line: curve(line, "sft/grad_norm", "mixed/grad_norm_sft"),
     "mean reward of the samples": lambda line: curve(line, "grpo/reward_mean", "mixed/reward_mean"),

@@ -35,12 +35,12 @@ Lines = dict[tuple[str, str, int], dict]  # of finished runs, by stage, name and
 # The main setting: few demonstrations, which the warm-up uses up, so that more SFT adds little, and many problems.
 MAIN = {"task": "knights-knaves:demonstrations=200", "warmup_steps": 250, "ood_task": "none"}
 WARMUP = {"device": "cpu", "eval_every": 100, "eval_examples": 512, "save_every": 50, "steps": 0}
-ADAPTIVE = {"steps": 300, "prompts_per_step": 16, "group_size": 8, "decay_fraction": 0.3}
+ADAPTIVE = {"steps": 300, "prompts_per_step": 16, "group_size": 8, "decay_fraction": 0.3, "sft_lr": 0.0}
+ADAPTIVE |= {"gamma": 1.0, "warmup_norm": "last", "current_norm": "last", "probe_every": 0}  # whatever the defaults are
 
-# What a test looks at beside: claims of three operands, claims nested in claims, the KL to the policy after the warm-up.
-# (A fourth person is out of reach: training never shows the letter D, and no run ever solved such a puzzle.) Curves come
-# from fewer puzzles, so that looking often costs little; a result comes from EXAMPLES, each answered greedily and with
-# SAMPLES samples, when the run has ended.
+# What a test looks at beside: claims of three operands, nested claims, the KL to the policy after the warm-up. (A
+# fourth person is out of reach: training never shows the letter D.) Curves come from fewer puzzles, so that looking
+# often costs little; a result comes from EXAMPLES, each answered greedily and with SAMPLES samples, at the end.
 OOD = "knights-knaves:width=3,train_size=1,test_size=128 knights-knaves:depth=3,train_size=1,test_size=128"
 CLOSELY = {"ood_task": OOD, "eval_kl": True, "eval_every": 50, "eval_examples": 256}
 EXAMPLES, SAMPLES = 512, 8

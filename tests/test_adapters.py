@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import sasr
 from baselines import METHODS, SCHEDULES
+from benchmarks import adapter_norms
 from data import Grade, countdown
 from data.batch import Batch
 from data.tokenizer import Codec, train_tokenizer
@@ -653,3 +654,26 @@ def test_a_process_that_trains_adapters_grows_as_planned(tmp_path, checkpointing
     changes |= {"model": str(write_base(tmp_path / "base", dtype=dtype, large=True)), "lora_rank": 16}
     planned, measured = planned_and_measured(**changes, gradient_checkpointing=checkpointing)
     assert measured == pytest.approx(planned, rel=0.1)
+
+
+def test_norms_under_adapters_are_measured_beside_those_of_all_weights(bases, capsys):
+    """By autograd, on the one batch: that of a fresh adapter, and that of the weights themselves."""
+    flags = {**SMALL, "steps": 1, "model": bases["llama"]}
+    assert adapter_norms.main([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["next"] for row in rows] == ["sft", "sft", rows[2]["next"], ""]
+    assert rows[0]["adapter"] == rows[0]["B"]  # A has no gradient while B is zero
+    assert all(row["adapter"] > row["B"] > 0 for row in rows[1:])
+    trainer = sasr.Trainer(sasr.Config(**{**SMALL, "model": str(bases["llama"])}))
+    batch = Batch.of(sasr.demonstrations(trainer, trainer.task, 0, "probe"))
+    plain, losses = Transformer.from_pretrained(bases["llama"]), []
+    for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
+        logprobs = plain.logits(plain(torch.tensor([prompt + completion]))).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        losses.append(-logprobs[range(len(completion)), completion])
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    assert rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    norm = torch.stack([p.grad.norm() for p in plain.parameters()]).norm().item()
+    assert rows[0]["all weights"] == pytest.approx(norm, rel=1e-4)
+    assert adapter_norms.main(["--model", str(bases["llama"])]) == 2
+    assert capsys.readouterr().err.endswith("with --lora-rank or --adapter\n")

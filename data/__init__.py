@@ -25,13 +25,14 @@ def task_module(name: str) -> ModuleType:
 
 
 def load_task(
-    name: str, path: str | Path | None = None, *, seed: int = 0, skip_bad_lines: bool = False, **options
+    name: str, path: str | Path | None = None, *, seed=0, skip_bad_lines=False, keep_records=False, **options
 ) -> Task:
     """Generate a task, or read its published records from a folder with train.jsonl and test.jsonl (or .json).
 
     Options are the keyword arguments of the module's functions; numbers may come as text. A split without a file is
-    empty. With `skip_bad_lines`, records that cannot be read are left out, and `Task.skipped` tells why. Raises
-    ValueError naming an unknown task or option, the files that are missing, or the place of a bad record.
+    empty. With `skip_bad_lines`, records that cannot be read are left out, and `Task.skipped` tells why; with
+    `keep_records`, `Example.record` holds all fields of what was read. Raises ValueError naming an unknown task or
+    option, the files that are missing, or the place of a bad record.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
@@ -62,8 +63,8 @@ def load_task(
         train, test = with_options(source)(seed)
         lacking = f"task {name}: there are no examples"  # where both sizes are 0
     elif Path(path).is_dir():
-        bad = skipped if skip_bad_lines else None
-        train, test = (read_split(Path(path), split, with_options(source), bad) for split in ("train", "test"))
+        how = (with_options(source), skipped if skip_bad_lines else None, keep_records)
+        train, test = (read_split(Path(path), split, *how) for split in ("train", "test"))
         lacking = f"{path}: neither train.jsonl nor test.jsonl (or .json) with a record that can be read: "
         lacking += skipped[0] if skipped else module.PUBLISHED
     else:
@@ -84,7 +85,8 @@ def options_of(function: Callable) -> dict[str, type]:
 def load_task_spec(spec: str, path: str, seed: int, **more) -> Task:
     """'countdown:numbers=4,test_size=100' -> the task. Raises ValueError naming what is wrong in the spec."""
     name, _, rest = spec.partition(":")
-    flags = {"name": "--task", "path": "--data", "seed": "--seed"} | {key: f"--{key.replace('_', '-')}" for key in more}
+    flags = {key: f"--{key.replace('_', '-')}" for key in more}
+    flags |= {"name": "--task", "path": "--data", "seed": "--seed", "keep_records": "--reward"}
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")

@@ -100,7 +100,7 @@ class IsolatedVerifier:
     def __call__(self, completion: str, example: Example) -> Grade:
         try:
             return Grade(**self.child.ask(completion=completion, example=vars(example)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter from a record that is nested too deeply
             message = f"the verifier {self.name} {error} for the completion {completion[:200]!r}"
         self.failures += 1
         if self.on_error == "stop":

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -29,6 +29,7 @@ class Example:
     answer: str  # what the verifier compares with, in the task's own notation
     demonstration: str | None = None  # chain of thought that ends in the answer
     group: str = ""  # level or size, by which an evaluation is broken down
+    record: dict = field(default_factory=dict, compare=False, repr=False)  # the JSON object in the file, where kept
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,13 @@ def outside_cut_thought(text: str) -> str:
     return text if thought < 0 else text[:thought]
 
 
-def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipped: list[str] | None) -> list[Example]:
+def read_split(
+    folder: Path, split: str, parse: Callable[[dict], Example], skipped: list[str] | None, keep_records: bool = False
+) -> list[Example]:
     """Parse the records of FOLDER/SPLIT.jsonl (one a line), else SPLIT.json (a list), else SPLIT/**/*.json (one each).
 
     Without any of these there are no examples. A bad record raises ValueError with file, place and reason; with a list
-    `skipped` its reason goes there instead.
+    `skipped` its reason goes there instead. `keep_records`: each example has its own, about as much memory again.
     """
     examples = []
     for place, record in records_of(folder, split):
@@ -95,7 +98,7 @@ def read_split(folder: Path, split: str, parse: Callable[[dict], Example], skipp
                 if len(text) > MAX_TEXT:
                     raise ValueError(f"a text of {len(text)} characters, more than {MAX_TEXT}")
                 text.encode()  # JSON can spell "\ud800", half a character, which no tokenizer takes
-            examples.append(example)
+            examples.append(replace(example, record=record) if keep_records else example)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             lacking = "the record lacks the field " if isinstance(error, KeyError) else ""
             reason = f"{place}: {lacking}{error}"[:1000]

@@ -153,7 +153,8 @@ def check_grades(tokenized: TokenizedTask, codec: Codec, learnt: bool, count: in
 def load_tasks(config: RunConfig) -> tuple[Task, Task, list[Task]]:
     """The task, the task to warm up on (often the same), and those out of domain."""
     verifier = {"verifier": config.verifier} if config.verifier else {}
-    task = load_task_spec(config.task, config.data, config.seed, skip_bad_lines=config.skip_bad_lines, **verifier)
+    reading = {"skip_bad_lines": config.skip_bad_lines, "keep_records": bool(config.reward)}
+    task = load_task_spec(config.task, config.data, config.seed, **reading, **verifier)
     options = task.verify.keywords
     if config.reward or options.get("verifier") in ("math-verify", "regex"):  # foreign, or of no bounded time
         limits = {"seconds": config.reward_seconds, "on_error": config.reward_on_error}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import TASKS, Example, Grade, load_reward, load_task, task_module
+from data import TASKS, Example, Grade, load_reward, load_task, load_task_spec, task_module
 
 ROOT = Path(__file__).resolve().parents[1]
 ADD = {"prompt": "1 + 1", "answer": "2"}
@@ -134,6 +134,25 @@ def test_only_a_newline_ends_a_line(tmp_path, text):
 def test_json_is_read_as_python_reads_it(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "prompt": "b", "answer": 1, "weight": NaN}')
     assert load_task("jsonl", tmp_path).test == [Example("b", "1")]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_all_fields_of_a_record_are_kept_where_that_is_asked_for(tmp_path, name):
+    record = RECORDS[name] | {"tests": ["f(1) == 2", {"hidden": None}], "difficulty": 0.5, "language": "\u00e9"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    with_records = load_task(name, tmp_path, keep_records=True)
+    without = load_task(name, tmp_path)
+    assert [example.record for example in with_records.train + with_records.test] == [record] * 2
+    assert [example.record for example in without.train + without.test] == [{}] * 2
+    assert repr(with_records.train) == repr(without.train)  # a checkpoint knows its examples by this
+    assert with_records.train == without.train
+
+
+def test_a_generated_puzzle_has_no_record_and_a_task_cannot_ask_for_them():
+    assert load_task("countdown", train_size=1, test_size=0, keep_records=True).train[0].record == {}
+    with pytest.raises(ValueError, match="keep_records is given twice, or has a flag of its own, --reward"):
+        load_task_spec("jsonl:keep_records=1", "", 0, keep_records=False)
 
 
 # ---- Bad records -----------------------------------------------------------------------------------------------------

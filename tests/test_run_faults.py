@@ -642,6 +642,32 @@ def reward(completion, example):
 """
 
 
+def test_a_reward_is_given_all_fields_of_its_record(tmp_path):
+    (tmp_path / "reward.py").write_text("def reward(completion, example):\n    return eval(completion)(example)\n")
+    (tmp_path / "data").mkdir()
+    record = {"prompt": "1 + 1?", "answer": 2, "points": {"full": 3, "half": [1.5, None]}, "text": "\u4e2d\ud800"}
+    (tmp_path / "data/test.jsonl").write_text(json.dumps(record))
+    spec = {"task": "jsonl", "data": str(tmp_path / "data"), "reward": f"{tmp_path / 'reward.py'}:reward"}
+    task, _, _ = load_tasks(sasr.Config(**spec))
+    (example,) = task.test
+    assert example.record == record
+    for completion in ("lambda e: e.record['points']['half'][0]", f"lambda e: 1.5 * (e.record == {record!r})"):
+        assert task.grade(completion, example) == Grade(1.5, correct=True, well_formed=True)
+    (without,) = load_tasks(sasr.Config(**spec | {"reward": ""}))[0].test
+    assert without.record == {}  # it would take memory for nothing
+
+
+def test_a_record_nested_too_deeply_to_be_passed_on_is_a_failure_and_no_crash(tmp_path, capsys, reward_file):
+    """Python reads about a thousand levels, and one more is too many."""
+    nested: list = []
+    for _ in range(5000):
+        nested = [nested]
+    verify = isolated(reward_file)
+    assert verify("", dataclasses.replace(EXAMPLE, record={"nested": nested})).failed
+    assert "recursion" in capsys.readouterr().err
+    assert not verify("", EXAMPLE).failed
+
+
 def test_a_reward_does_not_outlive_a_run_that_is_killed(tmp_path):
     (tmp_path / "reward.py").write_text(HOLDING)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data.isolated import IsolatedVerifier\n"

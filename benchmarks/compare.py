@@ -40,6 +40,22 @@ def read_summary(run: Path) -> dict | None:
     return summary
 
 
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics, one a step. ValueError names the file where it is absent or no such file."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; is {run} the folder of a run?")
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if not all({"step", "phase", "kind"} <= set(record) for record in records):
+            raise ValueError("a line lacks step, phase or kind")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not the metrics of a run ({error})") from None
+    if not records:
+        raise ValueError(f"{file}: no step has been logged yet")
+    return records
+
+
 def interval(values: list[float]) -> float | None:
     """Half the width of the 95% interval of the mean."""
     if len(values) < 2:

@@ -26,22 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import findings
-from benchmarks.compare import interval
-
-
-def read_metrics(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; is {run} the folder of a run?")
-    try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if not all({"step", "phase", "kind"} <= set(record) for record in records):
-            raise ValueError("a line lacks step, phase or kind")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not the metrics of a run ({error})") from None
-    if not records:
-        raise ValueError(f"{file}: no step has been logged yet")
-    return records
+from benchmarks.compare import interval, read_metrics
 
 
 def read_summary(run: Path) -> dict:

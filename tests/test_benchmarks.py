@@ -1,18 +1,20 @@
 """The pictures and tables show what the files say and name a folder that is no run; what is measured is not lost."""
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import transformers
 
 import sasr
-from benchmarks import compare, findings, kernels, methods, plot, record, rollout, step
+from benchmarks import compare, export, findings, kernels, methods, plot, record, rollout, step
 from data import load_task
 
 
@@ -264,6 +266,95 @@ def test_gpu_sh_rehearses_on_a_cpu(arguments, tmp_path):
             (row,) = parts[name]["rows"]
             assert {"aten::mm", "aten::cat"} <= {operation for operation, calls, ms in row["profile"]["operations"]}
     assert done.returncode == 0
+
+
+# ----------------------------------------------------------------------------- other people's tools
+
+NAMED = {  # what the two tools are given of `a_run`, by step
+    1: {"decision/sft": 1.0, "sft/grad_norm": 2.0},
+    2: {"decision/sft": 1.0, "sft/grad_norm": 1.0, "eval/accuracy": 0.25},
+    3: {"decision/sft": 0.0, "decision/p_sft": 0.5, "grpo/grad_norm": 9.0, "grpo/reward_mean": 0.75}
+    | {"grpo/all_right_fraction": 0.25, "grpo/all_wrong_fraction": 0.5}
+    | {"grpo/truncated_fraction": 0.125, "grpo/unparsed_fraction": 0.75},
+    4: {"decision/sft": 1.0, "decision/p_sft": 0.4, "eval/accuracy": 0.5},  # its norm was null
+}
+
+
+def test_a_csv_file_is_read_back_as_the_metrics_without_what_is_null(a_run, tmp_path, capsys):
+    assert export.main([str(a_run), "--to", "csv"]) == 0
+    assert capsys.readouterr().out.strip() == str(a_run / "metrics.csv")
+    assert export.main([str(a_run), "--to", "csv", "--out", str(tmp_path / "x.csv")]) == 0  # and again, over the first
+    assert (tmp_path / "x.csv").read_bytes() == (a_run / "metrics.csv").read_bytes()
+    with (a_run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:4] == ["step", "phase", "kind", "grad_norm"]
+    for row, logged in zip(rows, compare.read_metrics(a_run), strict=True):
+        kept = {key: str(value) for key, value in logged.items() if value is not None}
+        assert {key: text for key, text in row.items() if text} == kept
+
+
+class Fake:
+    """Stands for a package that need not be installed: remembers what it is told."""
+
+    def __init__(self, *args, **kwargs):
+        self.given, self.points = (args, kwargs), {}
+        Fake.last = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+    def add_scalar(self, name, value, step):
+        self.points.setdefault(step, {})[name] = value
+
+    def log(self, values, step):
+        self.points[step] = values
+
+
+def test_tensorboard_gets_a_metric_by_the_kind_of_its_step(a_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Fake))
+    assert export.main([str(a_run), "--to", "tensorboard"]) == 0
+    assert Fake.last.given == ((str(a_run / "tensorboard"),), {})
+    assert Fake.last.points == NAMED
+    assert Fake.last.closed
+    (a_run / "tensorboard").mkdir()
+    (a_run / "tensorboard/events").touch()
+    capsys.readouterr()
+    assert export.main([str(a_run), "--to", "tensorboard"]) == 2
+    assert "tensorboard is not empty: delete it, or name another place by --out" in capsys.readouterr().err
+
+
+def test_wandb_gets_kind_and_configuration_too_and_no_network(a_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Fake))
+    (a_run / "config.json").write_text('{"gamma": 2.0}')
+    assert export.main([str(a_run), "--to", "wandb", "--out", str(tmp_path / "new")]) == 0
+    (_, given), points = Fake.last.given, Fake.last.points
+    assert (given["mode"], given["config"], given["name"]) == ("offline", {"gamma": 2.0}, a_run.name)
+    assert Path(given["dir"]).is_dir()
+    assert [(p.pop("phase"), p.pop("kind")) for p in points.values()][1:3] == [("warmup", "sft"), ("adaptive", "grpo")]
+    assert points == NAMED
+
+
+@pytest.mark.parametrize(("tool", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_tool_that_is_not_installed_is_named_in_one_line(tool, module, a_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert export.main([str(a_run), "--to", tool]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"export.py: --to {tool}: ")
+    assert line.endswith(f"; pip install {tool}")
+
+
+@pytest.mark.parametrize("metrics", [None, "", "[1]\n", "[" * 10**5, '{"step": 1}\n', "\ud800"])
+def test_what_is_no_run_is_exported_to_nothing(metrics, tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    if metrics is not None:
+        file.write_bytes(metrics.encode(errors="surrogatepass"))
+    assert export.main([str(tmp_path), "--to", "csv"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line
+    assert not (tmp_path / "metrics.csv").exists()
 
 
 # ---- The study -------------------------------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ def rates(lines: Lines) -> list[Job]:
 
 
 def rates_again(lines: Lines) -> list[Job]:
-    """A2: three runs a method on another seed. The best two of A, by the mean of their last two evaluations; and the
-    third, or what lies beyond the best if that was at the edge. `random` has SASR's share of SFT steps, and its rates.
+    """A2: three runs a method on two seeds, less those that A has. The best two of A, by the mean of their last two
+    evaluations; and the third, or what lies beyond the best if that was at the edge. `random` has SASR's share.
     """
     one = {
         "sft": (7e-4, 3e-4, 1e-4),
@@ -137,17 +137,15 @@ def rates_again(lines: Lines) -> list[Job]:
         "sft-then-grpo": [{"sft_lr": sft, "lr": lr} for sft, lr in (coins[0], (5e-4, 3e-5), coins[2])],
     }
     planned |= {method: [{"lr": rate} for rate in some] for method, some in one.items()}
-    return [
-        Job(
-            "A2",
-            " ".join([method, *(f"{flags[key]:g}" for key in flags if key.endswith("lr"))]),
-            DEVELOPMENT[1],
-            all_of,
-        )
+    jobs = [
+        Job("A2", " ".join([method, *(f"{flags[key]:g}" for key in flags if key.endswith("lr"))]), seed, all_of)
+        for seed in (DEVELOPMENT[1], DEVELOPMENT[0])
         for method, some in planned.items()
         for flags in some
         for all_of in [{"controller": method} | flags | BY_PROMPT.get(method, {})]
     ]
+    of_a = [job.flags for job in rates(lines)]
+    return [job for job in jobs if job.flags not in of_a]
 
 
 # Those that decide by prompt draw half of each batch from prompts that have a demonstration.

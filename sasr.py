@@ -26,12 +26,14 @@ model that has drifted is sent back to its demonstrations, one that has not is l
 Two observations keep the code small. Every other way to mix SFT and RL is a decision, at most with another weight or
 shape of a loss (`baselines.py`). And both gradients are weighted sums of grad log pi over completion tokens, so one
 function serves both (`update`). The two norms in (1) are comparable because warm-up steps, SFT steps and probes all
-take them in `accumulate_gradient`: for one loss and batch size, per token of the batch, over all parameters, unclipped.
+take them in `accumulate_gradient`: of one loss and batch size, per token of the batch, over all that trains, unclipped.
 
 Where the paper is silent or we depart from it:
   * Which norm, smoothed or not, and gamma are options (`--warmup-norm`, `--current-norm`, `--gamma`), and so is what
     stands for the divergence (`--signal`): the norm, the SFT loss or, measured at GRPO steps, the KL since the warm-up.
   * G_last_sft goes stale while GRPO steps run. Its age is logged, and `--probe-every` measures it anew.
+  * With adapters the norm is that of A and B. Along a run it kept to half or so of that of all weights, a factor that
+    cancels in (1), although B, and with it the gradient of A, begins at zero (`benchmarks/adapter_norms.py`).
   * The loss is a mean over the completion tokens of the whole batch (DAPO, arXiv 2503.14476), not of each sequence.
   * The standard deviation in (4) divides by the group's size, so that a group of one has advantage 0, not NaN.
   * A GRPO step whose groups all agree (no reward differs) is skipped, even with a KL term: Adam would move the

@@ -100,8 +100,7 @@ def load_task_spec(spec: str, path: str, seed: int, **more) -> Task:
 
 def generated_task(flag: str, spec: str, seed: int) -> Task:
     """A task beside --task, which must be a generated one. Raises ValueError naming the flag."""
-    name = spec.partition(":")[0]
-    if name not in TASKS or not hasattr(task_module(name), "generate"):
-        able = [name for name in TASKS if hasattr(task_module(name), "generate")]
+    able = [name for name in TASKS if hasattr(task_module(name), "generate")]
+    if spec.partition(":")[0] not in able:
         raise ValueError(f"{flag} {spec}: only generated tasks can serve here: {', '.join(able)}")
     return load_task_spec(spec, "", seed)

@@ -322,12 +322,10 @@ def json_file(content: dict) -> bytes:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: at most `vocab_size` tokens (256 bytes and the end token among them) from these texts.
+    """Byte-level BPE from these texts: at most `vocab_size` tokens, but always 256 bytes and the end token.
 
     So every text can be encoded and decodes to itself. Merges never cross words: a terse wording has a token a word.
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END}), not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -34,12 +34,10 @@ import math
 import os
 import shutil
 import sys
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -48,7 +46,7 @@ from torch import Tensor
 
 from data.files import check_number, one_line, parse_json, read_json, short_repr
 
-from .config import RunConfig, path_in
+from .config import RunConfig, keeps_initial, path_in
 from .report import say
 
 SUMS = "SHA256SUMS"
@@ -62,17 +60,6 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         return load_file(self.folder / "tensors.safetensors")
-
-    def may_branch(self, config: RunConfig) -> bool:
-        """Whether it may become another kind of run: no adaptive step was taken, and its warm-up is on record."""
-        state = {"step": 0, "bad_steps": 0, "warmup_sft": []} | self.state["state"]  # earlier versions had no record
-        on_record = len(state["warmup_sft"]) + state["bad_steps"]  # dropped steps measure nothing
-        return state["step"] <= config.warmup_steps and on_record >= state["step"]
-
-    @property
-    def keeps_initial(self) -> bool:
-        """Whether it holds the policy that the run began with."""
-        return bool(self.state["config"]["kl_coef"]) and self.state["config"]["reference"] == "initial"
 
     @contextlib.contextmanager
     def fits(self):
@@ -111,8 +98,8 @@ class RunFolder:
         flush(self.path)
 
     @contextlib.contextmanager
-    def locked(self):
-        """The one way to write here. Raises ValueError naming the process that writes already, a link or a device."""
+    def locked(self, *, new: bool = False):
+        """The one way to write here. ValueError names a process that does, a link or, for `new`, what is in the way."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / "lock"
         check_plain(lock)
@@ -124,6 +111,8 @@ class RunFolder:
                 raise ValueError(f"{self.path}: process {file.read() or '?'} is writing into this folder") from None
             for found in sorted(self.path.rglob("*")):  # not before: the files of a run at work come and go
                 check_plain(found)
+            if new:
+                self.check_unused()
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -213,16 +202,6 @@ class RunFolder:
             length = self.metrics.read_bytes().rfind(b"\n") + 1
         os.truncate(self.metrics, length)
 
-    def branch_to(self, other: Self, checkpoint: Checkpoint | None) -> Checkpoint | None:
-        """Copy checkpoint and metrics into a new run's folder, to go on there; this one stays as it is."""
-        other.path.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
-            other.replace_folder("checkpoint", partial(shutil.copytree, checkpoint.folder, dirs_exist_ok=True))
-            checkpoint = Checkpoint(other.path / "checkpoint", checkpoint.state)
-        if self.metrics.exists():
-            shutil.copy(self.metrics, other.metrics)
-        return checkpoint
-
 
 def default_out(config: RunConfig, kind: str) -> str:
     """runs/KIND-TASK-SEED, with a number behind it if that is taken."""
@@ -238,10 +217,9 @@ def save(trainer, folder: RunFolder, fingerprint: dict[str, str]) -> None:
     save_weights(trainer, folder)
     state = dataclasses.asdict(trainer.state)
     state["unlogged"] = state.pop("pending")  # its name in files
-    config = dataclasses.asdict(trainer.config)
-    saved = {"state": state, "controller": trainer.controller.state_dict(), "fingerprint": fingerprint}
-    saved["method"] = trainer.method.memory
-    folder.save_checkpoint(named_tensors(trainer), saved | {"config": config, "config_hash": trainer.config.hash()})
+    saved = {"state": state, "controller": trainer.controller.state_dict(), "method": trainer.method.memory}
+    saved |= {"config": dataclasses.asdict(trainer.config), "config_hash": trainer.config.hash()}
+    folder.save_checkpoint(named_tensors(trainer), saved | {"fingerprint": fingerprint})
 
 
 def save_weights(trainer, folder: RunFolder) -> None:
@@ -310,15 +288,9 @@ def sum_of(items: Iterable) -> str:
     return total.hexdigest()
 
 
-def check_fingerprint(trainer, saved: dict[str, str] | int, now: dict[str, str]) -> None:
+def check_fingerprint(trainer, saved: dict[str, str], now: dict[str, str]) -> None:
     """Raises ValueError naming the first kind that is not as it was. A reward may have been mended: that is told."""
     flags = " ".join(f"--{n} {v}" for n in ("task", "data", "model", "adapter") if (v := vars(trainer.config)[n]))
-    if isinstance(saved, int):
-        examples = [(task.source.train, task.source.test) for task in (trainer.task, trainer.warmup_task)]
-        if saved != zlib.crc32((trainer.codec.tokenizer.to_str() + repr(examples)).encode()):
-            raise ValueError(f"other examples, or another tokenizer, than when it was written: {flags}")
-        say("an earlier version began this run: only its examples and its tokenizer are known to be the same")
-        return
     for kind in [kind for kind in now if saved[kind] != now[kind]]:
         if kind != "reward":
             raise ValueError(f"other {kind} than when it was written: {flags}")
@@ -328,11 +300,12 @@ def check_fingerprint(trainer, saved: dict[str, str] | int, now: dict[str, str])
 def read_state(checkpoint: Checkpoint, state_class: type):
     """The state of the run at a checkpoint. Raises ValueError, KeyError or TypeError for what cannot be one."""
     values = dict(checkpoint.state["state"])
-    values["seconds"] = state_class().seconds | values["seconds"]  # earlier versions had fewer
-    state = state_class(pending=values.pop("unlogged"), **values)
+    values["pending"] = values.pop("unlogged")  # its name in files
+    state = state_class(**values)
     for spec in dataclasses.fields(state):
+        value = values[spec.name]
         if spec.type is int:
-            check_number(spec.name, getattr(state, spec.name), 0, math.inf)
+            check_number(spec.name, value, 0, math.inf)
     if not isinstance(state.warmup_sft, list):
         raise ValueError(f"warmup_sft: {short_repr(state.warmup_sft)} is no list")
     for measured in state.warmup_sft:
@@ -349,11 +322,11 @@ def read_state(checkpoint: Checkpoint, state_class: type):
 def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str]) -> None:
     """Take up a checkpoint and its state. Raises ValueError or KeyError naming what does not fit."""
     check_fingerprint(trainer, checkpoint.state["fingerprint"], fingerprint)
-    saved, config, branch = checkpoint.tensors(), trainer.config, checkpoint.may_branch(trainer.config)
+    saved, config, branch = checkpoint.tensors(), trainer.config, state.step <= trainer.config.warmup_steps
     prefixes = {name.partition(".")[0] for name in saved}
     frozen = prefixes & set(FROZEN)
     if branch:  # they are made anew, but for the policy before the first step
-        frozen = {"reference"} if config.kl_coef and config.reference == "initial" else set()
+        frozen = {"reference"} if keeps_initial(vars(config)) else set()
     for prefix in frozen:
         setattr(trainer, prefix, trainer.frozen_copy())  # as yet the weights that the run began with
     for prefix, optimizer in optimizers(trainer).items():
@@ -361,7 +334,7 @@ def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str])
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     for name, tensor in named_tensors(trainer).items():
-        if branch and name.startswith("reference.") and not checkpoint.keeps_initial:
+        if branch and name.startswith("reference.") and not keeps_initial(checkpoint.state["config"]):
             continue
         if saved[name].shape != tensor.shape:  # copy_ would repeat a smaller one
             raise ValueError(f"{name} has the shape {list(saved[name].shape)}, not {list(tensor.shape)}")
@@ -374,9 +347,8 @@ def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str])
             trainer.keep_policies()
     else:
         trainer.controller.load_state_dict(checkpoint.state["controller"])
-        kept = checkpoint.state.get("method", {})  # which earlier versions did not have
-        check_memory(trainer, checkpoint.state["config"], kept)
-        trainer.method.memory |= kept
+        check_memory(trainer, checkpoint.state["config"], checkpoint.state["method"])
+        trainer.method.memory |= checkpoint.state["method"]
 
 
 def check_memory(trainer, before: dict, kept: dict[str, list]) -> None:

@@ -53,15 +53,10 @@ class RunConfig:
         "how answers are compared, e.g. rules, math-verify, numeric, regex ('': the task's own way; auto: that, "
         "but for math math-verify where it is installed)",
     )
-    reward: str = resumable(
-        "",
-        "your own, FILE.py:FUNCTION or MODULE:FUNCTION, which is run; 1 or more counts as correct ('': the verifier)",
-    )
+    reward: str = resumable("", "FILE.py:FUNCTION or MODULE:FUNCTION, to be run; 1 or more is right ('': the verifier)")
     reward_seconds: float = resumable(10.0, "time limit for a completion: --reward, math-verify, regex", low=0.001)
     reward_on_error: str = resumable("0", "reward where such a verifier raises, hangs or returns no number; or stop")
-    ood_task: str = option(
-        "auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder variant of --task", several=True
-    )
+    ood_task: str = option("auto", "out-of-domain test, NAME[:key=value,...] or none; auto: a harder one", several=True)
     warmup_task: str = option("", "warm up on this task instead, as NAME[:key=value,...] ('': the task itself)")
 
     model: str = resumable("", "checkpoint directory or hub id to start from ('': from scratch)", group="the model")
@@ -69,9 +64,7 @@ class RunConfig:
     system: str = option("", "chat: the system message ('': what the template says by itself)")
     template_args: str = option("", """chat: further variables of the template, '{"enable_thinking": false}'""")
     template_date: str = option("", "chat: when it is, for a template that prints the date ('': when the run began)")
-    save_dtype: str = resumable(
-        "same", "of OUT/model; same: as --model's files", choices="same float32 bfloat16 float16"
-    )
+    save_dtype: str = resumable("same", "of OUT/model; same: --model's own", choices="same float32 bfloat16 float16")
     hidden_size: int = option(128, "from scratch: features", low=1)
     layers: int = option(4, "from scratch: decoder layers", low=1)
     heads: int = option(4, "from scratch: attention heads", low=1)
@@ -140,8 +133,10 @@ class RunConfig:
             except ValueError:
                 number = f"a number of at most {MAX_REWARD:g}"
                 raise ValueError(f"--reward-on-error {self.reward_on_error}: must be {number}, or stop") from None
-        if self.verifier == "auto":
-            self.verifier = installed_verifier(self.task) if not self.reward else ""
+        if self.verifier == "auto":  # a run keeps it, as config.json has what is installed on this machine
+            open_choice = self.task.partition(":")[0] == "math" and "verifier=" not in self.task and not self.reward
+            installed = "math-verify" if importlib.util.find_spec("math_verify") else "rules"
+            self.verifier = installed if open_choice else ""
 
     def hash(self) -> str:
         """Equal for equal values, wherever the run and its files are kept, and on any day."""
@@ -152,10 +147,9 @@ class RunConfig:
     @classmethod
     def from_json(cls, values: dict, source: Path) -> Self:
         """The configuration in a run's config.json; ValueError naming the file and what is wrong in it."""
-        unknown = set(values) - {spec.name for spec in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"{source}: unknown setting {min(unknown)!r}")
         try:
+            if unknown := set(values) - {spec.name for spec in dataclasses.fields(cls)}:
+                raise ValueError(f"unknown setting {min(unknown)!r}")
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
@@ -220,17 +214,15 @@ def today() -> str:
     return datetime.now().isoformat(timespec="seconds")
 
 
+def keeps_initial(config: dict) -> bool:
+    """Whether the reference policy of a run is the one that it began with."""
+    return bool(config["kl_coef"]) and config["reference"] == "initial"
+
+
 def path_in(name: str, value: str) -> str:
     """The part of one of PATHS that may be a path: of --reward the FILE.py before :FUNCTION, or "" for a module."""
     file = value.rpartition(":")[0]
     return value if name != "reward" else file if file.endswith(".py") else ""
-
-
-def installed_verifier(task: str) -> str:
-    """What `--verifier auto` is on this machine; a run keeps it, as config.json has the name found here."""
-    if task.partition(":")[0] != "math" or "verifier=" in task:
-        return ""
-    return "math-verify" if importlib.util.find_spec("math_verify") else "rules"
 
 
 def flag_name(field_name: str) -> str:
@@ -310,22 +302,21 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
         if spec.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            names = rules["choices"]
-            values = {"choices": names} if names and not rules["several"] else {"metavar": spec.type.__name__.upper()}
+            names, action = rules["choices"], "append" if rules["several"] else "store"
+            metavar = f"{{{','.join(names)}}}" if names else spec.type.__name__.upper()
             if len(names) > 5:  # too many for braces
-                values["metavar"], text = "NAME", f"{text}: {', '.join(names)}"
-            values["action"] = "append" if rules["several"] else "store"
-            group.add_argument(flag, type=spec.type, help=text, **values)
+                metavar, text = "NAME", f"{text}: {', '.join(names)}"
+            group.add_argument(flag, type=spec.type, help=text, metavar=metavar, action=action)
     group = parser.add_argument_group("to begin, go on, grade or plan")
     group.add_argument("--preset", choices=tuple(PRESETS), help="values for other flags, which still override them")
     text = "what the publication of --controller sets beside its decision, over a preset: see baselines.py"
     group.add_argument("--published", action="store_true", help=text)
     modes, const = group.add_mutually_exclusive_group(), {"dest": "mode", "action": "store_const"}
-    resuming = "go on with the run in this folder, or with --out in a branch of it; what may change: "
-    specs = [spec for spec in in_order(config_class) if spec.metadata["resumable"] or spec.metadata["adaptive"]]
-    flags = [[flag_name(s.name) for s in specs if s.metadata["resumable"] == always] for always in (True, False)]
-    before = "; and up to the end of the warm-up: "
-    modes.add_argument("--resume", metavar="RUN", help=resuming + ", ".join(flags[0]) + before + ", ".join(flags[1]))
+    specs = in_order(config_class)
+    always = ", ".join(flag_name(s.name) for s in specs if s.metadata["resumable"])
+    early = ", ".join(flag_name(s.name) for s in specs if s.metadata["adaptive"] and not s.metadata["resumable"])
+    text = f"go on with the run in this folder, or with --out in a branch of it; what may change: {always}"
+    modes.add_argument("--resume", metavar="RUN", help=f"{text}; and up to the end of the warm-up: {early}")
     modes.add_argument("--eval-only", **const, const="eval_only", help="grade --model on the task, train nothing")
     modes.add_argument("--dry-run", **const, const="dry_run", help="say what the run would need in memory, and stop")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -335,17 +326,18 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
 # ----------------------------------------------------------------------------- resuming
 
 
-def check_resume(old: RunConfig, new: RunConfig, state, branch: bool, named: dict, learning_rate: Callable) -> str:
+def check_resume(old: RunConfig, new: RunConfig, state, named: dict, learning_rate: Callable) -> str:
     """What changes, as flags in one line. Raises ValueError naming a flag that contradicts the steps already taken.
 
-    old: the configuration of those steps. new: that in config.json with the overrides `named`. branch: it may become
-    another kind of run. learning_rate: a function of a configuration, a step and its kind.
+    old: the configuration of those steps. new: that in config.json with the overrides `named`. learning_rate: a
+    function of a configuration, a step and its kind. Up to the end of the warm-up it may become another kind of run.
     """
     changed, done = {}, state.step
+    in_warmup = done <= old.warmup_steps
     for spec in in_order(type(new)):
         before, now = getattr(old, spec.name), getattr(new, spec.name)
         other = spec.name in PATHS and not (before and now)  # to have one or none is no move
-        may_change = (spec.metadata["adaptive"] and branch) or (spec.metadata["resumable"] and not other)
+        may_change = (spec.metadata["adaptive"] and in_warmup) or (spec.metadata["resumable"] and not other)
         if before != now and not may_change:
             where = "" if spec.name in named else f"{Path(old.out) / 'config.json'}: "
             raise ValueError(f"{where}{flag_name(spec.name)} {now}: a resumed run keeps its {before!r}")
@@ -359,9 +351,9 @@ def check_resume(old: RunConfig, new: RunConfig, state, branch: bool, named: dic
             f"--steps, --decay-fraction or --lr-schedule would change the learning rate of the {done} steps already "
             "taken; a decay must begin after them, and --steps counts the whole adaptive stage"
         )
-    if done > new.warmup_steps and new.controller == "replay" and new.steps > old.steps:
+    if not in_warmup and new.controller == "replay" and new.steps > old.steps:
         raise ValueError(f"--steps {new.steps}: a replay keeps the p_t, and the {old.steps} steps, that it began with")
-    if done > new.warmup_steps and new.controller != "replay":
+    if not in_warmup and new.controller != "replay":
         before, after = (make_method(config).level for config in (old, new))
         if any(before(t) != after(t) for t in range(done - new.warmup_steps)):
             raise ValueError(f"--steps {new.steps}: would change the {new.controller} schedule of steps already taken")

@@ -24,51 +24,36 @@ def diagnose(records: list[dict], summary: dict) -> list[str]:
     """At most MAX_LINES lines, the worst first. records: those of OUT/metrics.jsonl; summary: OUT/summary.json."""
     grpo = [record for record in records if record.get("kind") in ("grpo", "mixed")]
     late = grpo[-max(len(grpo) // 4, MIN_GRPO_STEPS) :]
-    sft_steps, grpo_steps = summary["sft_steps"], summary["grpo_steps"]
-    sasr, enough = summary["controller"] == "sasr", sft_steps + grpo_steps >= MIN_STEPS
-    lines = []
-
-    warmed_up, final = summary.get("accuracy_warmup", 0.0), summary.get("accuracy_final", 0.0)
-    if summary["scores"].get("accuracy_high", 1.0) < warmed_up:  # more than chance
-        lines.append(
-            f"accuracy fell from {warmed_up:.1%}, where the adaptive stage began, to {final:.1%}: a lower --lr"
-        )
-    failed = share_failed(late)
-    if failed > MAX_FAILED:
-        lines.append(
-            f"the verifier failed for {failed:.1%} of completions: --reward-on-error stop shows the first case"
-        )
-    truncated = mean(late, "truncated_fraction")
-    if truncated > MAX_TRUNCATED:
-        lines.append(f"{truncated:.0%} of completions are cut off: a larger --max-new-tokens")
-    unparsed = mean(late, "unparsed_fraction")
-    if unparsed > MAX_UNPARSED:
-        lines.append(f"{unparsed:.0%} of completions hold no answer that can be read: more --warmup-steps")
+    completions = mean(late, "tokens") / max(mean(late, "completion_length"), 1)  # of a step
+    failed, kl = mean(late, "reward_failures") / max(completions, 1), mean(late, "kl")
+    truncated, unparsed = mean(late, "truncated_fraction"), mean(late, "unparsed_fraction")
     agreeing = mean(late, "zero_variance_fraction")
-    if agreeing > MAX_WITHOUT_SIGNAL:
-        right, wrong = mean(late, "all_right_fraction"), mean(late, "all_wrong_fraction")
-        told = not math.isnan(right + wrong)  # not by earlier versions
-        shares = f" ({right:.0%} are all right, {wrong:.0%} all wrong)" if told else ""
-        advice = "a harder --task" if right > wrong else "more --warmup-steps"
-        resamples = not METHODS.get(summary["controller"], Method).by_prompt  # the others refuse the flag
-        advice += ", or a larger --resample-groups" if resamples else ""
-        lines.append(f"{agreeing:.0%} of groups have no signal{shares}: {advice}")
-    if sasr and enough and not grpo_steps:
-        lines.append(f"none of {sft_steps} adaptive steps was a GRPO step: a larger --gamma")
-    if sasr and enough and not sft_steps:
-        lines.append(f"none of {grpo_steps} adaptive steps was an SFT step: a smaller --gamma")
-    kl = mean(late, "kl")
-    if kl > MAX_KL:
-        lines.append(f"the KL to the reference policy is {kl:.2f} nats a token: a larger --kl-coef, or a lower --lr")
+    right, wrong = mean(late, "all_right_fraction"), mean(late, "all_wrong_fraction")
+    shares = f"{right:.0%} are all right, {wrong:.0%} all wrong"
+    advice = "a harder --task" if right > wrong else "more --warmup-steps"
+    if not METHODS.get(summary["controller"], Method).by_prompt:  # the others refuse the flag
+        advice += ", or a larger --resample-groups"
     entropy = mean(late, "entropy") * mean(late, "completion_length")
-    if entropy < MIN_ENTROPY:
-        lines.append(f"a completion has {entropy:.2f} nats of entropy, so samples repeat: a higher --temperature")
+    warmed_up, final = summary.get("accuracy_warmup", 0.0), summary.get("accuracy_final", 0.0)
+    fell = summary["scores"].get("accuracy_high", 1.0) < warmed_up  # more than chance
+    sasr, sft_steps, grpo_steps = summary["controller"] == "sasr", summary["sft_steps"], summary["grpo_steps"]
+    enough = sasr and sft_steps + grpo_steps >= MIN_STEPS
     age = max(numbers(records, "sft_norm_age"), default=0)
-    if sasr and age > MAX_AGE:
-        what = {"norm": "an SFT gradient norm", "loss": "an SFT loss", "kl": "a KL"}[summary.get("signal", "norm")]
-        fix = "a larger --kl-target" if what == "a KL" else f"--probe-every {MAX_AGE // 2}"
-        lines.append(f"p_t rested on {what} up to {age} steps old: {fix}")
-    return lines[:MAX_LINES]
+    what = {"norm": "an SFT gradient norm", "loss": "an SFT loss", "kl": "a KL"}[summary.get("signal", "norm")]
+    fix = "a larger --kl-target" if what == "a KL" else f"--probe-every {MAX_AGE // 2}"
+    findings = [
+        (fell, f"accuracy fell in the adaptive stage from {warmed_up:.1%} to {final:.1%}: a lower --lr"),
+        (failed > MAX_FAILED, f"the verifier failed for {failed:.1%} of completions: --reward-on-error stop shows one"),
+        (truncated > MAX_TRUNCATED, f"{truncated:.0%} of completions are cut off: a larger --max-new-tokens"),
+        (unparsed > MAX_UNPARSED, f"{unparsed:.0%} of completions hold no readable answer: more --warmup-steps"),
+        (agreeing > MAX_WITHOUT_SIGNAL, f"{agreeing:.0%} of groups have no signal ({shares}): {advice}"),
+        (enough and not grpo_steps, f"none of {sft_steps} adaptive steps was a GRPO step: a larger --gamma"),
+        (enough and not sft_steps, f"none of {grpo_steps} adaptive steps was an SFT step: a smaller --gamma"),
+        (kl > MAX_KL, f"the KL to the reference policy is {kl:.2f} nats a token: a larger --kl-coef, or a lower --lr"),
+        (entropy < MIN_ENTROPY, f"samples repeat, with {entropy:.2f} nats of entropy each: a higher --temperature"),
+        (sasr and age > MAX_AGE, f"p_t rested on {what} up to {age} steps old: {fix}"),
+    ]
+    return [line for found, line in findings if found][:MAX_LINES]
 
 
 def numbers(records: list[dict], key: str) -> list[float]:
@@ -81,9 +66,3 @@ def mean(records: list[dict], key: str) -> float:
     """NaN where there is nothing to average, which is neither above nor below a threshold."""
     values = numbers(records, key)
     return sum(values) / len(values) if values else math.nan
-
-
-def share_failed(records: list[dict]) -> float:
-    """Of the completions, whose number is that of their tokens over their mean length."""
-    completions = mean(records, "tokens") / max(mean(records, "completion_length"), 1)
-    return mean(records, "reward_failures") / max(completions, 1)

@@ -70,18 +70,18 @@ def evaluate_task(trainer, tokenized: TokenizedTask, split: str) -> tuple[dict[s
 
 def draw_answers(trainer, tokenized: TokenizedTask, params: SamplingParams, samples: int) -> list[list[list[int]]]:
     """[examples][samples] completions as token ids; empty ones where the prompt does not fit."""
-    config, rows = trainer.config, EVAL_ROWS
+    config, at_once = trainer.config, max(1, EVAL_ROWS // samples)
     prompts = tokenized.eval_prompts[: config.eval_examples]
     asked = [prompt for prompt in prompts if prompt is not None]
     seed = int(rng_for(config.seed, "evaluation", trainer.state.step).integers(2**63))
     generator = torch.Generator(trainer.device).manual_seed(seed)
     options = {"memory_limit": int(1e9 * config.rollout_memory), "samplers": {}, "generator": generator}
     groups: list[list[list[int]]] = []
-    for start in range(0, len(asked), max(1, rows // samples)):
-        part = asked[start : start + max(1, rows // samples)]
+    for start in range(0, len(asked), at_once):
+        part = asked[start : start + at_once]
         groups += [[] for _ in part]
-        for drawn in range(0, samples, rows):
-            size = min(rows, samples - drawn)
+        for drawn in range(0, samples, EVAL_ROWS):
+            size = min(EVAL_ROWS, samples - drawn)
             completions = generate(trainer.sampler, part, params, group_size=size, **options).completions
             for i, group in enumerate(groups[start:]):
                 group += completions[i * size : (i + 1) * size]
@@ -121,8 +121,7 @@ def evaluate_only(config: RunConfig, make_trainer: Callable) -> None:
         raise ValueError(f"task {config.task}: there are no {config.eval_split} examples to evaluate")
     for line in dropped_report(trainer):
         trainer.progress.say(line)
-    with folder.locked():
-        folder.check_unused()  # once more, now that no one else can write
+    with folder.locked(new=True):
         with trainer.progress:
             scores = evaluate(trainer)
         print("\n".join(score_table(scores, f"{config.task}, {evaluated} {config.eval_split} examples")), flush=True)

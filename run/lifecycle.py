@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from data.isolated import VerifierFailed
 from model import resolve_checkpoint
 
 from .checkpoint import Checkpoint, RunFolder, default_out, fingerprint_of, read_state, restore, save, save_weights
-from .config import RunConfig, check_resume, flag_name, path_in, today
+from .config import RunConfig, check_resume, flag_name, keeps_initial, path_in, today
 from .diagnosis import diagnose
 from .report import headline, progress_line, say, summarise
 
@@ -50,17 +51,19 @@ class Run:
     def begin(self, trainer) -> Iterator[None]:
         """Take up the checkpoint, if there is one; then heed signals and show progress until the run stops."""
         self.trainer, self.fingerprint, folder = trainer, fingerprint_of(trainer), self.folder
+        branch = self.source not in (None, folder)
         if self.checkpoint:
             with self.checkpoint.fits():
                 restore(trainer, self.checkpoint, self.state, self.fingerprint)
-        if self.source not in (None, folder):
-            self.checkpoint = self.source.branch_to(folder, self.checkpoint)
-            self.source_lock.close()  # others may go on there
-        with folder.locked() if self.source is not folder else contextlib.nullcontext():
-            if self.source is None:
-                folder.check_unused()  # once more, now that no one else can write
-            folder.write_json("config.json", dataclasses.asdict(self.config) | {"out": str(folder.path)})
+        with folder.locked(new=True) if self.source is not folder else contextlib.nullcontext():
+            if branch and self.source.metrics.exists():
+                shutil.copy(self.source.metrics, folder.metrics)
             folder.rewind(self.checkpoint)
+            if branch:
+                if self.checkpoint:
+                    save(trainer, folder, self.fingerprint)  # before config.json, without which none resumes here
+                self.source_lock.close()  # others may go on there
+            folder.write_json("config.json", dataclasses.asdict(self.config) | {"out": str(folder.path)})
             (folder.path / "summary.json").unlink(missing_ok=True)  # of a run that was finished, and is no longer
             with trainer.interrupt, trainer.progress:
                 trainer.progress.say(headline(trainer, folder.path))
@@ -151,17 +154,14 @@ def resumed_run(
         lock.enter_context(source.locked())
         written = config_class.from_json(read_json(file), file)
         written.out = str(source.path)  # it may have been moved
-        written.template_date = written.template_date or today()
         checkpoint = source.find_checkpoint()
         old, state = written, state_class()
         if checkpoint:
             with checkpoint.fits():
-                begun = {"template_date": written.template_date}  # which earlier versions did not keep
-                old = config_class(**begun | checkpoint.state["config"] | {"out": written.out})
+                old = config_class(**checkpoint.state["config"] | {"out": written.out})
                 state = read_state(checkpoint, state_class)
         config = dataclasses.replace(written, **overrides)
-        branch = not checkpoint or checkpoint.may_branch(config)
-        changed = check_resume(old, config, state, branch, overrides, learning_rate)
+        changed = check_resume(old, config, state, overrides, learning_rate)
         if changed:
             say(f"resuming with {changed}")
         config = with_files(config, source, overrides, checkpoint)
@@ -183,9 +183,8 @@ def with_files(config: RunConfig, source: RunFolder, overrides: dict, checkpoint
         return config
     except ValueError as error:
         own = next((p for n in ("model", "model.old") if (p := source.path / n / "config.json").is_file()), None)
-        needs_initial = config.kl_coef and config.reference == "initial"
-        lost = not checkpoint or (needs_initial and not checkpoint.keeps_initial) or config.lora_rank
-        if "model" in overrides or lost or not own:
+        begins_anew = not checkpoint or (keeps_initial(vars(config)) and not keeps_initial(checkpoint.state["config"]))
+        if "model" in overrides or begins_anew or config.lora_rank or not own:
             raise ValueError(f"{error}; --model names its new place") from None
         say(f"{error}; going on from the run's own {own.parent}, and the weights of its checkpoint")
         return dataclasses.replace(config, model=str(own.parent))

@@ -1,5 +1,7 @@
 """What a run will need in memory: a plan from shapes alone, before a weight is loaded."""
 
+import math
+
 import torch
 
 from data.batch import default_max_tokens
@@ -28,11 +30,9 @@ def memory_plan(setup: Setup) -> dict[str, float]:
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * copy_bytes  # of a cache
     completion = task.longest_prompt + task.max_new_tokens  # tokens
     rows = config.prompts_per_step * config.group_size
-    samples, examples = max(config.eval_samples, 1), min(config.eval_examples, max(len(task.evaluated), 1))
-    eval_rows = min(samples, EVAL_ROWS) * min(max(1, EVAL_ROWS // samples), examples)
-    cache, eval_cache = (n * -(-completion // 128) * 128 * per_token for n in (rows, eval_rows))
-    if config.rollout_memory:
-        cache, eval_cache = (min(size, 1e9 * config.rollout_memory) for size in (cache, eval_cache))
+    eval_rows = min(EVAL_ROWS, max(config.eval_samples, 1) * min(config.eval_examples, len(task.evaluated)))
+    limit, row = 1e9 * config.rollout_memory or math.inf, -(-completion // 128) * 128 * per_token
+    cache, eval_cache = min(rows * row, limit), min(eval_rows * row, limit)
     draws = 4 * 4 * shape.vocab_size  # logits, log-probs, probabilities and their sums, of a row
 
     sft_tokens = config.sft_batch_size * (task.longest_prompt + task.longest_demonstration)

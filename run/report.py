@@ -138,11 +138,10 @@ def closing_table(summary: dict) -> str:
         label = f"out of domain {suffix.removeprefix('_ood')}".rstrip() if suffix else "in domain"
         shares = [summary.get(f"accuracy_{at}{suffix}") for at in ("before", "warmup", "final")]
         lines.append(row(label, ["-" if share is None else f"{share:.1%}" for share in shares]))
-    kinds = ["sft", "grpo", *(["mixed"] if summary["mixed_steps"] else [])]
-    steps = [summary["warmup_steps"], *(summary[f"{kind}_steps"] for kind in kinds)]
-    seconds = [*(summary[f"seconds_{kind}"] for kind in ("warmup", *kinds, "eval")), summary["seconds"]]
-    names = ["warm-up", "SFT", "GRPO", "mixed"][: len(steps)]
-    lines += ["", row("", [*names, "eval", "all"]), row("steps", [*steps, "", sum(steps)])]
+    kinds = {"warm-up": "warmup", "SFT": "sft", "GRPO": "grpo"} | ({"mixed": "mixed"} if summary["mixed_steps"] else {})
+    steps = [summary[f"{kind}_steps"] for kind in kinds.values()]
+    seconds = [*(summary[f"seconds_{kind}"] for kind in (*kinds.values(), "eval")), summary["seconds"]]
+    lines += ["", row("", [*kinds, "eval", "all"]), row("steps", [*steps, "", sum(steps)])]
     lines.append(row("of these without signal", [""] * (len(steps) - 1) + [summary["grpo_skipped"]]))
     lines.append(row("seconds", [f"{s:.1f}" for s in seconds]))
     dropped, failed = summary["bad_steps"], summary["reward_failures"]
@@ -197,11 +196,12 @@ def score_table(scores: dict[str, float], title: str) -> list[str]:
     """A line a score, its interval behind it."""
     lines = [f"{title:40}{'share':>8}   95% interval"] if scores else []
     for name, value in scores.items():
-        base, ood = (name[: name.index("_ood")], name[name.index("_ood") :]) if "_ood" in name else (name, "")
-        low, high = scores.get(f"{base}_low{ood}"), scores.get(f"{base}_high{ood}")
+        base, ood, number = name.partition("_ood")
+        low, high = (scores.get(f"{base}_{end}{ood}{number}") for end in ("low", "high"))
         interval = "" if low is None else f"   {low:.1%} to {high:.1%}"
         text = f"{round(value, 3) + 0.0:8.3f} nats a token" if name == "kl" else f"{value:8.1%}{interval}"  # no -0.000
-        lines += [] if base.endswith(("_low", "_high")) else [f"{name:40}{text}"]
+        if not base.endswith(("_low", "_high")):
+            lines.append(f"{name:40}{text}")
     return [*lines, ""] if lines else []
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -52,10 +51,11 @@ class Setup:
         self.ood_tasks = {f"_ood{n if n > 1 else ''}": tokenize(ood) for n, ood in enumerate(ood_tasks, start=1)}
         if config.total_steps:
             self.task.check_prompts()
-        if config.total_steps and not all(of for of, share in self.prompt_kinds() if share):
-            shown = sum(d is not None for d in self.task.demonstration_of)
-            found = f"{shown} of {len(self.task.train)} prompts of {task.name} have a demonstration"
-            raise ValueError(f"--demonstrated-share {config.demonstrated_share:g}: {found}")
+            shown, others = self.by_demonstration()
+            share = config.demonstrated_share
+            if (share > 0 and not shown) or (0 <= share < 1 and not others):
+                found = f"{len(shown)} of {len(self.task.train)} prompts of {task.name} have a demonstration"
+                raise ValueError(f"--demonstrated-share {share:g}: {found}")
         if config.warmup_steps:
             self.warmup_task.check_demonstrations()
         if may_choose_sft(config):
@@ -72,26 +72,24 @@ class Setup:
             tokens, end = self.codec.tokenizer.get_vocab_size(), self.codec.stop_token_ids[0]
             self.shape = ModelConfig.small(tokens, config.hidden_size, config.layers, config.heads, longest, end)
 
-    def prompt_kinds(self) -> list[tuple[Sequence[int], float]]:
-        """Which training prompts are drawn, and their share: any; or those with a demonstration and those without."""
-        found, share = self.task.demonstration_of, self.config.demonstrated_share
-        if share < 0:
-            return [(range(len(found)), 1.0)]
-        shown, others = ([i for i, d in enumerate(found) if (d is not None) == has] for has in (True, False))
-        return [(shown, share), (others, 1 - share)]
+    def by_demonstration(self) -> tuple[list[int], list[int]]:
+        """The training prompts that have a demonstration, and the others."""
+        found = self.task.demonstration_of
+        return [i for i, d in enumerate(found) if d is not None], [i for i, d in enumerate(found) if d is None]
 
     def draw_prompts(self, number: int) -> list[int]:
-        """Batch number 0, 1, ... of the training prompts, each kind in an order of its own.
+        """Batch number 0, 1, ... of the training prompts, with --demonstrated-share each kind in an order of its own.
 
         Where a share is no whole number of prompts, batches differ by one, so that over several of them it is exact.
         """
-        seed, size, ((first, share), *others) = self.config.seed, self.config.prompts_per_step, self.prompt_kinds()
+        size, share = self.config.prompts_per_step, self.config.demonstrated_share
+        draw = partial(shuffled, seed=self.config.seed, purpose="prompts")
+        if share < 0:
+            return draw(len(self.task.train), number * size, size)
+        shown, others = self.by_demonstration()
         start, end = (round(n * size * share) for n in (number, number + 1))
-        drawn = [first[i] for i in shuffled(len(first), start, end - start, seed, "prompts")]
-        for rest, _ in others:
-            start, count = number * size - start, size - len(drawn)
-            drawn += [rest[i] for i in shuffled(len(rest), start, count, seed, "prompts")]
-        return drawn
+        drawn = [shown[i] for i in draw(len(shown), start, end - start)]
+        return drawn + [others[i] for i in draw(len(others), number * size - start, size - len(drawn))]
 
     def make_model(self) -> Transformer:
         """With the weights of --model, or random ones, which are the same for the same seed, as adapters are."""

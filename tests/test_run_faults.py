@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import pytest
@@ -1462,7 +1461,7 @@ def test_another_version_that_makes_other_tokens_of_the_same_examples_is_refused
 
 def test_a_template_that_prints_another_date_makes_other_prompts(kept, tmp_path, capsys, tomorrow):
     """What the date in config.json is for."""
-    change = lambda tensors, state: state["config"].pop("template_date")  # noqa: E731
+    change = lambda tensors, state: state["config"].update(template_date="")  # noqa: E731
     folder = with_checkpoint(kept / "cut", tmp_path / "run", change)
     edit("run", "config.json", template_date="")(tmp_path)
     assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
@@ -1509,21 +1508,20 @@ def test_a_run_without_a_checkpoint_begins_again_on_its_first_day(kept, tmp_path
     same_run(tmp_path / "run", kept / "whole")
 
 
-def test_a_run_of_an_earlier_version_goes_on_and_is_known_better_from_then_on(stopped_run, tmp_path, capsys):
-    def earlier(tensors, state):
-        trainer = sasr.Trainer(config(tmp_path))
-        examples = [(task.source.train, task.source.test) for task in (trainer.task, trainer.warmup_task)]
-        state["fingerprint"] = zlib.crc32((trainer.codec.tokenizer.to_str() + repr(examples)).encode())
-        del state["config"]["template_date"]
-
-    folder = with_checkpoint(stopped_run, tmp_path / "run", earlier)
-    values = json.loads((folder.path / "config.json").read_text())
-    del values["template_date"]
-    (folder.path / "config.json").write_text(json.dumps(values))
-    line = "an earlier version began this run: only its examples and its tokenizer are known to be the same\n"
-    for steps, told in (("4", 1), ("5", 0)):
-        assert sasr.main(["--resume", str(folder.path), "--steps", steps]) == 0
-        assert capsys.readouterr().err.count(line) == told
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state["state"].pop("warmup_sft"), "it lacks 'warmup_sft'"),
+        (lambda state: state.pop("method"), "it lacks 'method'"),
+        (lambda state: state["state"]["seconds"].pop("mixed"), "seconds, accuracies, scores or the last line"),
+        (lambda state: state.update(fingerprint=12345), "'int' object is not subscriptable"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(stopped_run, tmp_path, capsys, change, reason):
+    folder = with_checkpoint(stopped_run, tmp_path / "run", lambda tensors, state: change(state))
+    assert sasr.main(["--resume", str(folder.path), "--steps", "4"]) == 2
+    line = f"sasr.py: {folder.path}/checkpoint does not fit this run: {reason}"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
 
 
 def test_paths_are_absolute_and_outside_the_hash_and_ids_are_neither(tmp_path, monkeypatch):

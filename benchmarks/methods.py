@@ -133,7 +133,7 @@ def rates_again(lines: Lines) -> list[Job]:
     coins = ((5e-4, 5e-5), (2e-4, 5e-5), (1e-3, 5e-5))
     planned = {
         "sasr": [{"sft_lr": sft, "lr": lr} for sft, lr in coins],
-        "random": [{"sft_lr": sft, "lr": lr, "sft_fraction": 0.3} for sft, lr in coins],
+        "random": [{"sft_lr": sft, "lr": lr, "sft_fraction": 0.3} for sft, lr in (*coins, (2e-3, 5e-5))],  # at the edge
         "sft-then-grpo": [{"sft_lr": sft, "lr": lr} for sft, lr in (coins[0], (5e-4, 3e-5), coins[2])],
     }
     planned |= {method: [{"lr": rate} for rate in some] for method, some in one.items()}
@@ -153,15 +153,15 @@ BY_PROMPT = {name: {"demonstrated_share": 0.5} for name in ("hpt", "relift", "lu
 
 # What stage A found best.
 RATES: dict[str, dict] = {
-    "sft": {"lr": 1e-4},
-    "grpo": {"lr": 3e-5},
-    "sft-then-grpo": {"sft_lr": 2e-4, "lr": 3e-5},
-    "random": {"sft_lr": 2e-4, "lr": 5e-5},
+    "sft": {"lr": 7e-4},
+    "grpo": {"lr": 5e-5},
+    "sft-then-grpo": {"sft_lr": 5e-4, "lr": 5e-5},
+    "random": {"sft_lr": 1e-3, "lr": 5e-5},
     "sasr": {"sft_lr": 2e-4, "lr": 5e-5},
-    "chord-mu": {"lr": 3e-5},
-    "hpt": {"lr": 3e-5},
+    "chord-mu": {"lr": 3e-4},
+    "hpt": {"lr": 2e-4},
 }
-RATES["replay"] = RATES["random"]
+RATES["replay"] = RATES["sasr"]  # of which it is a copy without the timing
 
 OPEN = {
     "as in A": {},

@@ -130,11 +130,11 @@ def rates_again(lines: Lines) -> list[Job]:
         "chord-mu": (3e-4, 1e-4, 2e-4),
         "hpt": (5e-5, 3e-4, 2e-4),
     }
-    coins = ((5e-4, 5e-5), (2e-4, 5e-5), (1e-3, 5e-5))
+    coins, beyond = ((5e-4, 5e-5), (2e-4, 5e-5), (1e-3, 5e-5)), (2e-3, 5e-5)  # the edge again, for two of three
     planned = {
         "sasr": [{"sft_lr": sft, "lr": lr} for sft, lr in coins],
-        "random": [{"sft_lr": sft, "lr": lr, "sft_fraction": 0.3} for sft, lr in (*coins, (2e-3, 5e-5))],  # at the edge
-        "sft-then-grpo": [{"sft_lr": sft, "lr": lr} for sft, lr in (coins[0], (5e-4, 3e-5), coins[2])],
+        "random": [{"sft_lr": sft, "lr": lr, "sft_fraction": 0.3} for sft, lr in (*coins, beyond)],
+        "sft-then-grpo": [{"sft_lr": sft, "lr": lr} for sft, lr in (coins[0], (5e-4, 3e-5), coins[2], beyond)],
     }
     planned |= {method: [{"lr": rate} for rate in some] for method, some in one.items()}
     jobs = [
@@ -155,7 +155,7 @@ BY_PROMPT = {name: {"demonstrated_share": 0.5} for name in ("hpt", "relift", "lu
 RATES: dict[str, dict] = {
     "sft": {"lr": 7e-4},
     "grpo": {"lr": 5e-5},
-    "sft-then-grpo": {"sft_lr": 5e-4, "lr": 5e-5},
+    "sft-then-grpo": {"sft_lr": 1e-3, "lr": 5e-5},
     "random": {"sft_lr": 1e-3, "lr": 5e-5},
     "sasr": {"sft_lr": 2e-4, "lr": 5e-5},
     "chord-mu": {"lr": 3e-4},

@@ -471,7 +471,7 @@ def test_the_stage_of_rates_tunes_every_method_equally_often():
         sasr.Config(**job.flags)
 
 
-RUNS_OF = {"A": 42, "A2": 28, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "I": 16}
+RUNS_OF = {"A": 42, "A2": 30, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "I": 16}
 
 
 @pytest.mark.parametrize(("stage", "runs"), RUNS_OF.items())

@@ -213,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if fixed := groups.pop("fixed weights", []):
         print(f"{spread(fixed)}\n")
+    if not groups:
+        return 0
     found, apart = means(groups), differences(groups, args.stage)
     print(table(found))
     if apart:

@@ -571,8 +571,11 @@ def test_means_and_intervals_over_seeds():
     assert row[:6] == ["sasr", "3", "60.0", "±", "24.8", "50.0"]
 
 
-def test_the_spread_of_the_norm_at_fixed_weights():
+def test_the_spread_of_the_norm_at_fixed_weights(monkeypatch, capsys):
     line = {"seed": 3, "norms": [1.0, 2.0, 3.0], "summary": {"g_warmup": 0.5}}
+    monkeypatch.setattr(findings, "results", lambda stage: {"fixed weights": [line]})
+    assert findings.main(["B"]) == 0  # though there is nothing else yet
+    assert "seed 3: 3 batches" in capsys.readouterr().out
     row = findings.spread([line]).splitlines()[1]
     assert (
         row == "  seed 3: 3 batches, mean 2.00, standard deviation 1.00, 1.00 to 3.00; the last of the warm-up was 0.50"

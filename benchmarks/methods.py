@@ -113,11 +113,16 @@ def rates(lines: Lines) -> list[Job]:
     planned = {method: [{"lr": rate} for rate in some] for method, some in one.items()}
     planned |= dict.fromkeys(("sasr", "random", "sft-then-grpo"), two)
     return [
-        Job("A", " ".join([method, *(f"{rate:g}" for rate in rates[n].values())]), DEVELOPMENT[0], flags)
+        at_rates("A", DEVELOPMENT[0], method, rates[n])
         for n in range(6)  # so that after every sitting all methods have come equally far
         for method, rates in planned.items()
-        for flags in [{"controller": method} | rates[n] | BY_PROMPT.get(method, {})]
     ]
+
+
+def at_rates(stage: str, seed: int, method: str, flags: dict) -> Job:
+    """A run of a method that is named by its rates."""
+    name = " ".join([method, *(f"{flags[key]:g}" for key in flags if key.endswith("lr"))])
+    return Job(stage, name, seed, {"controller": method} | flags | BY_PROMPT.get(method, {}))
 
 
 def rates_again(lines: Lines) -> list[Job]:
@@ -138,11 +143,10 @@ def rates_again(lines: Lines) -> list[Job]:
     }
     planned |= {method: [{"lr": rate} for rate in some] for method, some in one.items()}
     jobs = [
-        Job("A2", " ".join([method, *(f"{flags[key]:g}" for key in flags if key.endswith("lr"))]), seed, all_of)
+        at_rates("A2", seed, method, flags)
         for seed in (DEVELOPMENT[1], DEVELOPMENT[0])
         for method, some in planned.items()
         for flags in some
-        for all_of in [{"controller": method} | flags | BY_PROMPT.get(method, {})]
     ]
     of_a = [job.flags for job in rates(lines)]
     return [job for job in jobs if job.flags not in of_a]
@@ -195,12 +199,12 @@ def side_by_side(stage: str, seed: int, setting: dict, methods: dict[str, dict],
     for name, flags in methods.items():
         controller = flags.get("controller", name)
         flags, replay = {"controller": controller} | BY_PROMPT.get(controller, {}) | flags, []
-        if controller == "random":
-            flags = (
-                flags | {"sft_fraction": round(of_sasr["kinds"].count("s") / len(of_sasr["p"]), 4)} if of_sasr else None
-            )
-        if controller == "replay":
-            flags, replay = (flags, of_sasr["p"]) if of_sasr else (None, [])
+        if controller in ("random", "replay") and of_sasr is None:
+            flags = None
+        elif controller == "random":
+            flags["sft_fraction"] = round(of_sasr["kinds"].count("s") / len(of_sasr["p"]), 4)
+        elif controller == "replay":
+            replay = of_sasr["p"]
         jobs.append(job := Job(stage, f"{name}{note}", seed, flags, setting, replay, sampled=True))
         if name == "sasr" and job.is_that_of(line := lines.get(job.key)):
             of_sasr = line

@@ -125,8 +125,9 @@ def curve(line: dict, *keys: str) -> Curve:
     return {step - first: value for step, value, *_ in points if step >= first}
 
 
-def decisions(line: dict, width: int = 10) -> Curve:
+def decisions(line: dict) -> Curve:
     """p_t, or of a mixture the share of SFT: means over the steps of a window."""
+    width = findings.methods.WINDOW  # as the other curves have
     if shares := curve(line, "mixed/sft_share"):
         return shares
     return {end: statistics.mean(line["p"][end - width : end]) for end in range(width, len(line["p"]) + 1, width)}

@@ -547,14 +547,16 @@ class Transformer(nn.Module):
                 adapted = name.endswith("_proj.weight") and layer.lora_A is not None
                 yield name, layer.merged_weight() if adapted else weight
 
-    def save_adapter(self, path: str | Path, base: str = "") -> None:
-        """Write adapter_config.json and adapter_model.safetensors, as `peft` reads them; base names its model."""
+    def save_adapter(self, path: str | Path, base: str = "", weights: dict[str, Tensor] | None = None) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, as `peft` reads them; base names its model.
+        `weights` by name take the place of this model's, where it holds but a part of each."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
         content = json.dumps(about | {"lora_dropout": 0.0, "inference_mode": True} | self.adapter, indent=2)
         (path / "adapter_config.json").write_text(content + "\n", encoding="utf-8")
-        tensors = {f"base_model.model.{name}.weight": p.detach().contiguous() for name, p in self.trained_parameters()}
+        named = weights.items() if weights else self.trained_parameters()
+        tensors = {f"base_model.model.{name}.weight": p.detach().contiguous() for name, p in named}
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
 
     @torch.no_grad()
@@ -608,14 +610,16 @@ class Transformer(nn.Module):
         model.stored_dtype = stored
         return model.requires_grad_()
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors, adapters merged, in the weights' own type or in another one."""
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None, weights=None) -> None:
+        """Write config.json and model.safetensors, adapters merged, in the weights' own type or in another one.
+        `weights` by name take the place of this model's, where it holds but a part of each."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.head.dtype
         config = self.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in self.merged_parameters()}
+        named = weights.items() if weights else self.merged_parameters()
+        tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in named}
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 

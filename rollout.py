@@ -285,12 +285,13 @@ def generate(
     params: SamplingParams,
     *,
     group_size: int = 1,
+    only: range | None = None,
     generator: torch.Generator | None = None,
     memory_limit: int = 0,
     samplers: dict | None = None,
     on_token: Callable[[list[list[int]]], None] | None = None,
 ) -> Rollout:
-    """Draw `group_size` completions of each prompt (token ids, of any lengths).
+    """Draw `group_size` completions of each prompt (token ids, of any lengths), or `only` of some, as among all.
 
     The cache takes at most `memory_limit` bytes (0: four fifths of what is free). Rows that do not fit are written in
     further chunks, also after an out-of-memory error. `samplers` keeps buffers, CUDA graphs and the number of rows that
@@ -310,6 +311,7 @@ def generate(
     device = model.head.device
     row_prompts = [prompt for prompt in prompts for _ in range(group_size)]
     total = len(row_prompts)
+    first, last = (0, total) if only is None else (only.start * group_size, only.stop * group_size)
     slots = -(-(max(map(len, prompts)) + params.max_new_tokens) // 128) * 128  # few sizes: buffers fit the next call
     samplers = {} if samplers is None else samplers
     held = sum(sampler.cache.bytes for sampler in samplers.values())
@@ -319,19 +321,19 @@ def generate(
     if limit < row_bytes:
         needed = f"the cache of one completion takes {row_bytes / 1e9:.2f} GB ({slots} tokens)"
         raise ValueError(f"{needed} and the limit is {limit / 1e9:.2f} GB: lower max_new_tokens, or raise the limit")
-    fit = int(min(limit / row_bytes, most_rows, total))
-    rows = math.ceil(total / math.ceil(total / fit))  # so that chunks are equally large
+    fit = int(min(limit / row_bytes, most_rows, max(last - first, 1)))
+    rows = math.ceil((last - first) / max(math.ceil((last - first) / fit), 1))  # so that chunks are equally large
     seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu").item()
 
     def uniform(k: int) -> Tensor:
         """Drawn for the rows of all chunks, and cut to this one: what a row gets does not depend on the chunks."""
         source = torch.Generator(device).manual_seed(seed + k)
         drawn = torch.rand(total, STEPS_BETWEEN_CHECKS, generator=source, device=device)  # in [0, 1)
-        return 1 - drawn[start : start + rows]
+        return 1 - drawn[start:end]
 
     completions, logprobs, chunks = [], [], 0
-    while len(completions) < total:
-        start, size = len(completions), (model, params, rows, slots)
+    while (start := first + len(completions)) < last:
+        end, size = min(start + rows, last), (model, params, rows, slots)
         # Its key: a name for the sampler itself would hold its memory after an error.
         key = next((key for key, sampler in samplers.items() if sampler.serves(*size, limit)), size)
         try:
@@ -339,7 +341,7 @@ def generate(
                 samplers.clear()  # first, so that two caches are never held at once
                 samplers[key] = Sampler(*size)
                 samplers[key].most_rows = most_rows
-            chunk = samplers[key].run(row_prompts[start : start + rows], uniform, on_token)
+            chunk = samplers[key].run(row_prompts[start:end], uniform, on_token)
         except torch.OutOfMemoryError:
             samplers.clear()
             if rows == 1:

@@ -59,10 +59,11 @@ from torch import Tensor
 
 import kernels
 from baselines import METHODS, SCHEDULES, Group, Sample, joined_objective, make_method, may_choose_sft
-from data.batch import Batch, MicroBatch, TokenBudget, default_max_tokens, micro_batches, rng_for, shuffled
+from data.batch import Batch, MicroBatch, TokenBudget, default_max_tokens, rng_for, shuffled
 from data.tokenized import TokenizedTask
 from model import Transformer, completion_hidden
-from rollout import MIN_TEMPERATURE, Rollout, SamplingParams, generate
+from rollout import MIN_TEMPERATURE, Rollout, SamplingParams
+from run import parallel
 from run.config import BaselineConfig, adaptive, option, parse_command_line, resumable
 from run.evaluation import evaluate, evaluate_only, kl_of_samples
 from run.lifecycle import Interrupt, Run, exit_code, new_run, resumed_run
@@ -216,11 +217,12 @@ class Trainer(Setup):
     def __init__(self, config: Config):
         super().__init__(config)
         self.state, self.progress, self.interrupt = State(), Progress(), Interrupt()
-        self.model = self.make_model().to(self.device)
+        model = self.make_model()
+        self.model = parallel.shard(model, self.device) if config.shard else model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         # What samples are drawn from: the model itself, or a copy, on CUDA in bf16, into which adapters are merged.
         self.sampler = copy.copy(self.model) if config.compile else self.model  # sampling is slower when compiled
-        self.sampler_is_copy = self.device.type == "cuda" or config.lora_rank > 0
+        self.sampler_is_copy = self.device.type == "cuda" or config.lora_rank > 0 or config.shard
         if self.sampler_is_copy:
             with torch.device("meta"):  # without weights until `fresh_sampler`
                 self.sampler = Transformer(self.shape).to(torch.bfloat16 if self.device.type == "cuda" else None)
@@ -271,6 +273,10 @@ class Trainer(Setup):
 
     def frozen_copy(self) -> Transformer:
         """The model of this moment; of adapters' base there is only one. Never trained, so on CUDA bf16 is enough."""
+        if self.config.shard:
+            frozen = parallel.shard(self.make_model(), self.device).requires_grad_(False)
+            frozen.load_state_dict(self.model.state_dict())
+            return frozen
         base = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         frozen = copy.deepcopy(self.model, base).requires_grad_(False)
         frozen = frozen.bfloat16() if self.device.type == "cuda" else frozen
@@ -292,7 +298,7 @@ class Trainer(Setup):
                 self.sampler.to_empty(device=self.device)
             with torch.no_grad():  # in place, as CUDA graphs read these addresses
                 for copied, (_, merged) in zip(self.sampler.parameters(), self.model.merged_parameters(), strict=True):
-                    copied.copy_(merged)
+                    copied.copy_(parallel.whole(merged))
         yield self.sampler
         if self.sampler_is_copy and self.device.type == "cpu":
             self.sampler.to("meta")
@@ -515,7 +521,7 @@ def sample(trainer: Trainer, prompts: list[list[int]], attempt: int = 0) -> Roll
     generator = torch.Generator(trainer.device).manual_seed(int(seeds[-1]))
     options = {"memory_limit": int(1e9 * config.rollout_memory), "samplers": trainer.samplers, "generator": generator}
     with trainer.fresh_sampler() as sampler:
-        rollout = generate(sampler, prompts, trainer.sampling, group_size=config.group_size, **options)
+        rollout = parallel.generate(sampler, prompts, trainer.sampling, group_size=config.group_size, **options)
     if rollout.chunks > trainer.chunks:
         trainer.chunks, rows = rollout.chunks, len(rollout.completions)
         trainer.progress.say(f"the cache of {rows} completions does not fit: {trainer.chunks} chunks a rollout")
@@ -527,8 +533,9 @@ def add_samples(trainer: Trainer, groups: list[Group], completions: list, logpro
     task, each = trainer.task, len(completions) // max(len(groups), 1)
     owners = [group for group in groups for _ in range(each)]
     texts = trainer.codec.decode([group.hint + tokens for group, tokens in zip(owners, completions, strict=True)])
-    for group, text, *of_sampler in zip(owners, texts, completions, logprobs, finished, strict=True):
-        grade = task.source.grade(text, task.train[group.index])
+    answers = [(text, task.train[group.index]) for group, text in zip(owners, texts, strict=True)]
+    grades = parallel.in_shares(lambda some: [task.source.grade(*answer) for answer in some], answers)
+    for group, *of_sampler, grade in zip(owners, completions, logprobs, finished, grades, strict=True):
         trainer.state.reward_failures += grade.failed
         group.samples.append(Sample(*of_sampler, grade))
 
@@ -679,25 +686,28 @@ def accumulate_gradient(model: Transformer, parts: list[Part], config: Config, m
         whole = torch.full((len(batch.completions),), tokens) if batch.denominators is None else batch.denominators
         denominators = whole.to(device) / part.weight  # [B]
         trained += tokens
-        for micro in micro_batches(batch, max_tokens, device):
-            logprobs, entropy = completion_logprobs(model, micro, batch.temperature)  # [N]
-            loss, stats = part.objective(batch, micro, logprobs, entropy, denominators[micro.batch_index], config)
-            loss.backward()
-            read += micro.prompts.numel() + micro.completions.numel()
-            padding += micro.padding
-            totals["loss"] = totals["loss"] + loss.detach()
-            for key, value in stats.items():
-                if key.endswith("_max"):
-                    totals[key] = torch.maximum(totals.get(key, value), value)
-                else:
-                    totals[key] = totals.get(key, 0.0) + value / tokens
-        if part.name:  # what this part is like alone, without its weight
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # it is the first, so all is its own
+        with parallel.together(model):
+            for micro in parallel.micro_batches(batch, max_tokens, model):
+                logprobs, entropy = completion_logprobs(model, micro, batch.temperature)  # [N]
+                loss, stats = part.objective(batch, micro, logprobs, entropy, denominators[micro.batch_index], config)
+                loss.backward()
+                read += micro.prompts.numel() + micro.completions.numel()
+                padding += micro.padding
+                totals["loss"] = totals["loss"] + loss.detach()
+                for key, value in stats.items():
+                    if key.endswith("_max"):
+                        totals[key] = torch.maximum(totals.get(key, value), value)
+                    else:
+                        totals[key] = totals.get(key, 0.0) + value / tokens
+        if part.name:  # what this part is like alone, without its weight; it is the first, so all is its own
+            norm = parallel.clip_gradients(model, math.inf, more=True)
             totals |= {f"loss_{part.name}": totals["loss"] / part.weight, f"grad_norm_{part.name}": norm / part.weight}
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    totals["grad_norm"] = parallel.clip_gradients(model, config.max_grad_norm or math.inf)
     values = torch.stack([value.double() for value in totals.values()]).tolist()  # the one wait for the device
-    counts = {"padding_fraction": padding / max(read, 1), "tokens_read": read, "tokens_trained": trained}
-    return dict(zip(totals, values, strict=True)) | counts
+    counts = {"padding_fraction": padding, "tokens_read": read}
+    measured = parallel.combine(dict(zip(totals, values, strict=True)) | counts)
+    measured["padding_fraction"] /= max(measured["tokens_read"], 1)
+    return measured | {"tokens_trained": trained}
 
 
 def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -712,9 +722,12 @@ def completion_logprobs(model: Transformer, micro: MicroBatch, temperature: floa
 @torch.no_grad()
 def compute_logprobs(model: Transformer, batch: Batch, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, both [N], of the completion tokens of a batch, without gradient."""
-    logprobs, entropy = torch.zeros(2, sum(map(len, batch.completions)), device=model.device)  # [N]
-    for micro in micro_batches(batch, max_tokens, logprobs.device):
-        logprobs[micro.token_index], entropy[micro.token_index] = completion_logprobs(model, micro, batch.temperature)
+    logprobs, entropy = found = torch.zeros(2, sum(map(len, batch.completions)), device=model.device)  # [N]
+    with parallel.together(model):
+        for micro in parallel.micro_batches(batch, max_tokens, model):
+            here = micro.token_index
+            logprobs[here], entropy[here] = completion_logprobs(model, micro, batch.temperature)
+    parallel.add_up([found])
     return logprobs, entropy
 
 

@@ -29,8 +29,7 @@ def shuffled(population: int, start: int, count: int, seed: int, purpose: str) -
         return []
     epochs = range(start // population, (start + count - 1) // population + 1)
     order = np.concatenate([rng_for(seed, purpose, epoch).permutation(population) for epoch in epochs])
-    offset = start - epochs[0] * population
-    return order[offset : offset + count].tolist()
+    return order[start % population :][:count].tolist()
 
 
 @dataclass
@@ -75,13 +74,17 @@ class MicroBatch:
     padding: int  # entries of prompts and completions that hold no token
 
 
-def micro_batches(batch: Batch, max_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """Cut a batch into pieces that read at most `max_tokens`, padding included.
+def micro_batches(
+    batch: Batch, max_tokens: int, device: torch.device, rows: Iterable[int] | None = None, share_prompts: bool = True
+) -> list[MicroBatch]:
+    """Cut a batch, or those rows of it, into pieces that read at most `max_tokens`, padding included.
 
     Completions of like length need little padding; those of one prompt share it. Whichever reads fewer tokens is taken.
     """
+    rows = range(len(batch.prompts)) if rows is None else rows
     numbers: dict[tuple[int, ...], int] = {}
     group = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in batch.prompts]
+    group = group if share_prompts else list(range(len(group)))
     prompt_lengths = list(map(len, batch.prompts))
     read_lengths = [max(len(completion) - 1, 0) for completion in batch.completions]
 
@@ -89,12 +92,13 @@ def micro_batches(batch: Batch, max_tokens: int, device: torch.device) -> list[M
         of_prompts = len({group[i] for i in piece}) * max(prompt_lengths[i] for i in piece)
         return of_prompts + len(piece) * max(read_lengths[i] for i in piece)
 
-    by_completion = sorted(range(len(group)), key=lambda i: (read_lengths[i], group[i]))
-    by_prompt = sorted(range(len(group)), key=lambda i: (prompt_lengths[i], group[i], read_lengths[i]))
+    by_completion = sorted(rows, key=lambda i: (read_lengths[i], group[i]))
+    by_prompt = sorted(rows, key=lambda i: (prompt_lengths[i], group[i], read_lengths[i]))
     cuts = [pack_by_tokens(order, tokens_read, max_tokens) for order in (by_completion, by_prompt)]
     best = min(cuts, key=lambda pieces: sum(map(tokens_read, pieces)))
     before = [0, *accumulate(map(len, batch.completions))]  # completion tokens before each sequence
-    return [collate(batch, piece, before, device) for piece in best if any(batch.completions[i] for i in piece)]
+    pieces = [piece for piece in best if any(batch.completions[i] for i in piece)]
+    return [collate(batch, piece, before, device, share_prompts) for piece in pieces]
 
 
 def pack_by_tokens(order: list[int], tokens_read: Callable[[list[int]], int], max_tokens: int) -> list[list[int]]:
@@ -108,9 +112,12 @@ def pack_by_tokens(order: list[int], tokens_read: Callable[[list[int]], int], ma
     return pieces
 
 
-def collate(batch: Batch, piece: list[int], before: list[int], device: torch.device) -> MicroBatch:
+def collate(
+    batch: Batch, piece: list[int], before: list[int], device: torch.device, share_prompts: bool = True
+) -> MicroBatch:
     """The sequences `piece` of a batch as tensors; before [B + 1]: how many tokens of the batch come before each."""
-    prompts = list(dict.fromkeys(tuple(batch.prompts[i]) for i in piece))
+    prompts = [tuple(batch.prompts[i]) for i in piece]
+    prompts = list(dict.fromkeys(prompts)) if share_prompts else prompts
     completions = [batch.completions[i] for i in piece]
     read = [completion[:-1] for completion in completions]
     if len(prompts) < len(piece):

@@ -27,7 +27,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 from .files import check_number
 from .task import Example, Grade, outcome_grade, required_text, tagged_answer
@@ -135,15 +135,13 @@ def moves(terms: Sequence[Term], limit: int) -> Iterator[tuple[str, list[Term]]]
     Pairs go by position, operators + - * /, the larger number on the left. Results are integers in 1..limit. There is
     always a move between numbers up to `limit`: a - b, or a / b = 1.
     """
-    for i in range(len(terms)):
-        for j in range(i + 1, len(terms)):
-            big, small = (terms[i], terms[j]) if terms[i][0] >= terms[j][0] else (terms[j], terms[i])
-            a, b = big[0], small[0]
-            rest = [term for k, term in enumerate(terms) if k != i and k != j]
-            quotient, remainder = divmod(a, b)
-            for symbol, result in (("+", a + b), ("-", a - b), ("*", a * b), ("/", 0 if remainder else quotient)):
-                if 1 <= result <= limit:
-                    yield f"{a} {symbol} {b} = {result}", [(result, f"({big[1]} {symbol} {small[1]})"), *rest]
+    for i, j in combinations(range(len(terms)), 2):
+        (a, big), (b, small) = sorted((terms[i], terms[j]), key=lambda term: term[0], reverse=True)
+        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
+        quotient, remainder = divmod(a, b)
+        for symbol, result in (("+", a + b), ("-", a - b), ("*", a * b), ("/", 0 if remainder else quotient)):
+            if 1 <= result <= limit:
+                yield f"{a} {symbol} {b} = {result}", [(result, f"({big} {symbol} {small})"), *rest]
 
 
 def paths(steps: list[str], terms: Sequence[Term], limit: int) -> Iterator[tuple[list[str], Term]]:

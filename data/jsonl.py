@@ -72,8 +72,7 @@ def grade(completion: str, example: Example, *, verifier: str = "exact") -> Grad
         return outcome_grade(re.search(example.answer, completion) is not None, well_formed=True)
     tagged = re.search("</?answer>", completion)
     found = (tagged_answer(completion) or "") if tagged else outside_cut_thought(completion)
-    same = found.strip() == example.answer.strip()
     if verifier == "exact":
-        return outcome_grade(same, bool(found.strip()))
+        return outcome_grade(found.strip() == example.answer.strip(), bool(found.strip()))
     number = read_number(found) if tagged else last_number(found)
-    return outcome_grade(number is not None and (same or number == read_number(example.answer)), number is not None)
+    return outcome_grade(number is not None and number == read_number(example.answer), number is not None)

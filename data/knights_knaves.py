@@ -184,16 +184,6 @@ def terse_trace(statements: tuple[Statement, ...], people: int) -> str:
     raise ValueError(f"no assignment of roles makes these statements consistent: {statements!r}")
 
 
-def parse_terse(text: str, people: int) -> Roles | None:
-    """Roles in the conclusion, or None unless the last line, and no other, is `so` plus each person once, in order."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    conclusions = [line for line in lines if line.split()[:1] == ["so"]]
-    if len(conclusions) != 1 or conclusions[0] != lines[-1]:
-        return None
-    words = conclusions[0].split(" ")[1:]
-    return tuple(map(str.isupper, words)) if [word.upper() for word in words] == list(LETTERS[:people]) else None
-
-
 def generate(
     seed: int,
     *,
@@ -246,21 +236,23 @@ def generate(
         demonstration = trace if index < test_size + demonstrations else None
         examples.append(Example(prompt, answer, demonstration, group=f"{people} people"))
     test, train = examples[:test_size], examples[test_size:]
-    traces = [example.demonstration for example in train]
     for i in range(swapped):
-        train[i] = replace(train[i], demonstration=traces[(i + 1) % swapped])
+        train[i] = replace(train[i], demonstration=examples[test_size + (i + 1) % swapped].demonstration)
     return train, test
 
 
 def grade(completion: str, example: Example, *, format: str = "conclusion") -> Grade:
     """Reward 1 when the conclusion gives every person the right role; the wording is the one of `example.answer`.
 
+    A terse conclusion is well formed where the last line, and no other, is `so` plus each person once, in order.
     format="logic-rl" has a graded reward (see `natural_grade`). Any text is graded, in linear time, without an error.
     """
     wording = "natural" if example.answer.startswith("(") else "terse"
     check_format(format, wording)
     if wording == "natural":
         return natural_grade(completion, example, format)
-    people = len(example.answer.split())
-    roles, truth = (parse_terse(text, people) for text in (completion, f"so {example.answer}"))
-    return outcome_grade(roles is not None and roles == truth, roles is not None)
+    lines = [line.strip() for line in completion.strip().splitlines()]
+    conclusions = [line for line in lines if line.split()[:1] == ["so"]]
+    last, everyone = lines[-1] if lines else "", " ".join(LETTERS[: len(example.answer.split())])
+    well_formed = conclusions == [last] and last.upper() == f"SO {everyone}"
+    return outcome_grade(well_formed and last == f"so {example.answer}", well_formed)

@@ -147,14 +147,13 @@ def parse_natural(conclusion: str, names: list[str]) -> tuple[bool, ...] | None:
     Numbers, bullets, commas, semicolons, line breaks and "and" may stand between.
     """
     plain = " ".join(conclusion.replace("*", "").casefold().split())
-    known = {name.casefold(): name for name in names}
+    known = [name.casefold() for name in names]
     claim = rf"({'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))}) is a ({'|'.join(ROLES)})\b"
     between = r"(?:[\s,;.•-]|\(?[0-9]++[.)]|and\b)*+"
-    claims = re.findall(claim, plain)
-    if len(claims) != len(names) or not re.fullmatch(f"(?:{between}{claim})*+{between}", plain):
+    claims = re.findall(claim, plain) if re.fullmatch(f"(?:{between}{claim})*+{between}", plain) else []
+    if sorted(name for name, _ in claims) != sorted(known):
         return None
-    roles = {known[name]: role == ROLES[True] for name, role in claims}
-    return tuple(roles[name] for name in names) if len(roles) == len(names) else None
+    return tuple(dict(claims)[name] == ROLES[True] for name in known)
 
 
 def natural_example(statements: tuple, roles: tuple, rng: random.Random, format: str, *tables) -> tuple[str, str, str]:

@@ -2,7 +2,7 @@
 
 import math
 
-from .task import Example, Task
+from .task import Task
 from .tokenizer import Codec
 
 
@@ -35,13 +35,12 @@ class TokenizedTask:
             short = len(prompt) <= longest_prompt and len(completion) <= longest_demonstration
             return short and len(prompt) + len(completion) <= context
 
-        def encoded(examples: list[Example]) -> list[tuple[list[int], list[int]]]:
-            return codec.encode_demonstrations((example.prompt, example.demonstration) for example in examples)
-
         worked, worked_test = ([e for e in split if e.demonstration is not None] for split in (task.train, task.test))
-        demonstrations = encoded(worked)
+        demonstrations, of_test = (
+            codec.encode_demonstrations((e.prompt, e.demonstration) for e in split) for split in (worked, worked_test)
+        )
         short_enough = [pair for pair in demonstrations if fits(*pair)]
-        lengths = [len(completion) for _, completion in short_enough + encoded(worked_test)]
+        lengths = [len(completion) for _, completion in short_enough + of_test]
         lengths = [length for length in lengths if length <= min(longest_demonstration, context)]
         self.max_new_tokens = max_new_tokens or max(lengths, default=0) * 5 // 4 or 512
         longest_prompt = min(longest_prompt, context - self.max_new_tokens)

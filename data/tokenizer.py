@@ -58,8 +58,9 @@ class Codec:
         self.beginning = whole[:start] if chat is None else []
         if files is None:  # without a class named, transformers guesses one, with another way to split digits
             end = tokenizer.id_to_token(stop_token_ids[0])
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
             files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
-            files["tokenizer_config.json"] = json_file({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
+            files["tokenizer_config.json"] = json.dumps(about, indent=2).encode()
         self.files = files
         self.opening = ""  # how the prompt already begins the assistant's text: "<think>\n", for some templates
         if chat is not None:
@@ -109,7 +110,7 @@ class Codec:
         files = {name: content for name in FILES if (content := read_file(path / name, MAX_BYTES)) is not None}
         if len(stops) > len(listed):  # a base model's list may lack the end of a turn; others must stop there too
             generation = read_json(path / "generation_config.json") | {"eos_token_id": list(stops)}
-            files["generation_config.json"] = json_file(generation)
+            files["generation_config.json"] = json.dumps(generation, indent=2).encode()
         ends = {"stop_sequence": end, "closing": closing, "pad_token": named.get("pad_token", "")}
         return cls(tokenizer, stops, chat=chat, system=system, **ends, files=files)
 
@@ -138,10 +139,7 @@ class Codec:
 
     def encode_prompts(self, texts: Iterable[str]) -> list[list[int]]:
         """Users' texts, each as the beginning of a sequence."""
-        return self._encode_all(self._prompts(texts))
-
-    def _prompts(self, texts: Iterable[str]) -> list[str]:
-        return self._render_all([[{"role": "user", "content": text}] for text in texts])
+        return self._encode_all(self._render_all([[{"role": "user", "content": text}] for text in texts]))
 
     def _encode_all(self, rendered: list[str]) -> list[list[int]]:
         begin, encoded = self.beginning, self.tokenizer.encode_batch(rendered, add_special_tokens=False)
@@ -153,7 +151,7 @@ class Codec:
         They are encoded as one text, or apart where a token would straddle the border: sampling uses the same prompt.
         """
         pairs = list(pairs)
-        rendered = self._prompts(prompt for prompt, _ in pairs)
+        rendered = self._render_all([[{"role": "user", "content": prompt}] for prompt, _ in pairs])
         targets = self._targets(rendered, pairs)
         together = self._encode_all([prompt + target for prompt, target in zip(rendered, targets, strict=True)])
         encoded = []
@@ -177,7 +175,8 @@ class Codec:
             in_place = whole.startswith(prompt) and whole.endswith(self.closing)
             asked, written = ("".join(text.split()) for text in (reply, self.opening + target))  # blanks may differ
             if not in_place or asked not in written:
-                target = self._without_opening(reply)
+                text, opening = reply.lstrip(), self.opening.strip()
+                target = text.removeprefix(opening).lstrip() if opening and text.startswith(opening) else reply
                 notes.append("the chat template cuts demonstrations, or puts them elsewhere: their own text is learnt")
             if self.opening and "</think>" not in self.opening + target:
                 switchable = "enable_thinking" in self.chat.source
@@ -186,10 +185,6 @@ class Codec:
             targets.append(target)
         self.notes = list(dict.fromkeys(self.notes + notes))
         return targets
-
-    def _without_opening(self, demonstration: str) -> str:
-        opening, text = self.opening.strip(), demonstration.lstrip()
-        return text.removeprefix(opening).lstrip() if opening and text.startswith(opening) else demonstration
 
     def decode(self, completions: list[list[int]]) -> list[str]:
         """The assistant's text, after the opening that the prompt had written for it, up to what ends or pads it."""
@@ -212,22 +207,20 @@ class Codec:
 def read_template(path: Path, special_tokens: dict[str, str], date: str = "") -> ChatTemplate | None:
     """From chat_template.jinja, or from tokenizer_config.json: the `default` one of several. None: there is none."""
     file = path / "chat_template.jinja"
+    source = read_file(file, MAX_BYTES)
+    if source is None:
+        file = path / "tokenizer_config.json"
+        source = read_json(file).get("chat_template")
     try:
-        content = read_file(file, MAX_BYTES)
-        source = None if content is None else content.decode()
-        if source is None:
-            file = path / "tokenizer_config.json"
-            source = read_json(file).get("chat_template")
         if isinstance(source, list):
             source = {entry["name"]: entry["template"] for entry in source}
         if isinstance(source, dict):
             source = source.get("default")
+        source = source.decode() if isinstance(source, bytes) else source
         if not isinstance(source, str | None):
             raise TypeError
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error})") from None
-    except (TypeError, KeyError):
-        raise ValueError(f"{file}: chat_template must be a text, or a list of named ones") from None
+    except (TypeError, KeyError, UnicodeDecodeError):
+        raise ValueError(f"{file}: chat_template must be a text in UTF-8, or a list of named ones") from None
     return None if source is None else ChatTemplate(source, special_tokens, file, date)
 
 
@@ -315,10 +308,6 @@ def stop_tokens(path: Path, tokenizer: Tokenizer, end: str | None) -> tuple[int,
         if type(stop) is not int or stop not in known:
             raise ValueError(f"{file}: eos_token_id {short_repr(stop)} is not a token of tokenizer.json")
     return tuple(dict.fromkeys(stops))
-
-
-def json_file(content: dict) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

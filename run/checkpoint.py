@@ -38,6 +38,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -46,6 +47,7 @@ from torch import Tensor
 
 from data.files import check_number, one_line, parse_json, read_json, short_repr
 
+from . import parallel
 from .config import RunConfig, keeps_initial, path_in
 from .report import say
 
@@ -76,6 +78,7 @@ class RunFolder:
         self.path = Path(os.path.expanduser(out))
         self.metrics = self.path / "metrics.jsonl"
 
+    @parallel.on_rank_0
     def check_unused(self) -> None:
         """Raises ValueError if the path is a file, or a folder with anything in it: nothing is overwritten."""
         if self.path.exists() and not self.path.is_dir():
@@ -91,6 +94,7 @@ class RunFolder:
     def write_jsonl(self, name: str, records: list[dict]) -> None:
         self.write(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
+    @parallel.on_rank_0
     def write(self, name: str, text: str) -> None:
         with written_beside(self.path / name) as beside:
             beside.write_text(text, encoding="utf-8")
@@ -100,6 +104,9 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self, *, new: bool = False):
         """The one way to write here. ValueError names a process that does, a link or, for `new`, what is in the way."""
+        if parallel.RANK > 0:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / "lock"
         check_plain(lock)
@@ -118,6 +125,7 @@ class RunFolder:
             file.flush()
             yield
 
+    @parallel.on_rank_0
     def log(self, record: dict) -> None:
         """Append one line, in a single write, or nothing. JSON has no NaN or infinity: they become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -140,6 +148,7 @@ class RunFolder:
             say(f"{self.metrics}:{bad[0]}: no JSON object, so not looked at (such lines: {len(bad)})")
         return records
 
+    @parallel.on_rank_0
     def replace_folder(self, name: str, fill, *, keep_old: bool = False) -> None:
         """Let `fill(path)` fill a fresh folder, then rename it to OUT/name, and the one that was there to name.old."""
         target, old = self.path / name, self.path / f"{name}.old"
@@ -154,6 +163,7 @@ class RunFolder:
         if not keep_old:
             remove(old)
 
+    @parallel.on_rank_0
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Tensors and JSON, nothing pickled; `state` gains the present length of the metrics in bytes."""
         flush(self.metrics)
@@ -189,8 +199,14 @@ class RunFolder:
             raise ValueError("; ".join([*problems, "to begin again from the configuration, move them away"]))
         return None
 
-    def rewind(self, checkpoint: Checkpoint | None) -> None:
-        """Cut off the metrics after a checkpoint (None: all), and set aside a later one that is damaged."""
+    @parallel.on_rank_0
+    def rewind(self, checkpoint: Checkpoint | None, source: Self | None = None) -> None:
+        """Cut off the metrics after a checkpoint (None: all), and set aside a later one that is damaged.
+
+        source: the folder that this one branches off, whose metrics go on here.
+        """
+        if source and source.metrics.exists():
+            shutil.copy(source.metrics, self.metrics)
         later, damaged = self.path / "checkpoint", self.path / "checkpoint.damaged"
         if checkpoint and checkpoint.folder != later and later.exists():  # else the next would replace the whole one
             remove(damaged)
@@ -201,6 +217,7 @@ class RunFolder:
             say(f"{self.metrics}: lines of steps before the checkpoint are missing; going on without them")
             length = self.metrics.read_bytes().rfind(b"\n") + 1
         os.truncate(self.metrics, length)
+        (self.path / "summary.json").unlink(missing_ok=True)  # of a run that was finished, and is no longer
 
 
 def default_out(config: RunConfig, kind: str) -> str:
@@ -219,19 +236,26 @@ def save(trainer, folder: RunFolder, fingerprint: dict[str, str]) -> None:
     state["unlogged"] = state.pop("pending")  # its name in files
     saved = {"state": state, "controller": trainer.controller.state_dict(), "method": trainer.method.memory}
     saved |= {"config": dataclasses.asdict(trainer.config), "config_hash": trainer.config.hash()}
-    folder.save_checkpoint(named_tensors(trainer), saved | {"fingerprint": fingerprint})
+    tensors = named_tensors(trainer)
+    tensors = parallel.collect(tensors) if trainer.config.shard else tensors
+    folder.save_checkpoint(tensors, saved | {"fingerprint": fingerprint})
 
 
 def save_weights(trainer, folder: RunFolder) -> None:
-    folder.replace_folder("model", partial(save_model, trainer))
-    if trainer.model.adapter:
-        folder.replace_folder("adapter", partial(trainer.model.save_adapter, base=trainer.config.model))
+    """OUT/model, and OUT/adapter. With --shard every rank helps to put the weights together."""
+    model, shard = trainer.model, trainer.config.shard
+    weights = parallel.collect(dict(model.merged_parameters())) if shard else None
+    folder.replace_folder("model", partial(save_model, trainer, weights=weights))
+    if model.adapter:
+        weights = parallel.collect(dict(model.trained_parameters())) if shard else None
+        folder.replace_folder("adapter", partial(model.save_adapter, base=trainer.config.model, weights=weights))
 
 
-def save_model(trainer, path: Path) -> None:
+def save_model(trainer, path: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Weights and tokenizer in Hugging Face layout."""
     dtype = trainer.config.save_dtype
-    trainer.model.save_pretrained(path, dtype=trainer.model.stored_dtype if dtype == "same" else getattr(torch, dtype))
+    dtype = trainer.model.stored_dtype if dtype == "same" else getattr(torch, dtype)
+    trainer.model.save_pretrained(path, dtype=dtype, weights=weights)
     trainer.codec.save(path)
 
 
@@ -338,7 +362,7 @@ def restore(trainer, checkpoint: Checkpoint, state, fingerprint: dict[str, str])
             continue
         if saved[name].shape != tensor.shape:  # copy_ would repeat a smaller one
             raise ValueError(f"{name} has the shape {list(saved[name].shape)}, not {list(tensor.shape)}")
-        tensor.copy_(saved[name])
+        parallel.fill(tensor, saved[name])
     trainer.state = state
     if branch:
         for measured in state.warmup_sft:

@@ -73,6 +73,7 @@ class RunConfig:
     lora_alpha: float = option(32.0, "an adapter is scaled by this over its rank", low=1e-6)
     lora_targets: str = option(" ".join(PROJECTIONS), "which projections get one", several=True, choices=[*PROJECTIONS])
     adapter: str = resumable("", "start from this one, a directory of peft, with its rank, alpha and targets")
+    shard: bool = resumable(False, "under torchrun: share weights, gradients and moments out to the processes (FSDP2)")
     compile: bool = resumable(False, "torch.compile for training: minutes at the first steps, faster ones after")
 
     max_new_tokens: int = option(0, "tokens per completion; 0: 5/4 of the longest demonstration", group="sizes")
@@ -125,6 +126,9 @@ class RunConfig:
                 if (asked := getattr(self, name)) not in (getattr(RunConfig, name), value):  # neither default nor its
                     raise ValueError(f"{flag_name(name)} {asked}: --adapter {self.adapter} has {value}")
                 setattr(self, name, value)
+        for name in ("compile", "offload_reference"):
+            if self.shard and getattr(self, name):
+                raise ValueError(f"{flag_name(name)}: not with --shard")
         if self.lora_rank and not self.model:
             raise ValueError("--lora-rank and --adapter need --model: a model from scratch has nothing to adapt")
         if self.reward_on_error != "stop":
@@ -301,12 +305,11 @@ def make_parser(config_class: type[RunConfig]) -> argparse.ArgumentParser:
         text = f"{rules['help']} (default {spec.default!r})".replace("%", "%%")
         if spec.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            names, action = rules["choices"], "append" if rules["several"] else "store"
-            metavar = f"{{{','.join(names)}}}" if names else spec.type.__name__.upper()
-            if len(names) > 5:  # too many for braces
-                metavar, text = "NAME", f"{text}: {', '.join(names)}"
-            group.add_argument(flag, type=spec.type, help=text, metavar=metavar, action=action)
+            continue
+        names, action = rules["choices"], "append" if rules["several"] else "store"
+        text += f": {', '.join(names)}" if names else ""
+        metavar = "NAME" if names else spec.type.__name__.upper()
+        group.add_argument(flag, type=spec.type, help=text, metavar=metavar, action=action)
     group = parser.add_argument_group("to begin, go on, grade or plan")
     group.add_argument("--preset", choices=tuple(PRESETS), help="values for other flags, which still override them")
     text = "what the publication of --controller sets beside its decision, over a preset: see baselines.py"

@@ -8,11 +8,12 @@ import torch
 import kernels
 from baselines import Group
 from data import Grade
-from data.batch import Batch, micro_batches, rng_for
+from data.batch import Batch, rng_for
 from data.tokenized import TokenizedTask
 from model import Transformer, completion_hidden
-from rollout import SamplingParams, generate
+from rollout import SamplingParams
 
+from . import parallel
 from .checkpoint import RunFolder, default_out
 from .config import RunConfig
 from .report import dropped_report, provenance, score_table
@@ -54,13 +55,15 @@ def evaluate_task(trainer, tokenized: TokenizedTask, split: str) -> tuple[dict[s
         params = SamplingParams(tokenized.max_new_tokens, config.eval_temperature, **stops)
         sampled = draw_answers(trainer, tokenized, params, config.eval_samples)
         answers = [first + more for first, more in zip(answers, sampled, strict=True)]
-    examples, grades = tokenized.evaluated[: config.eval_examples], []
-    for index, (example, completions) in enumerate(zip(examples, answers, strict=True)):
-        fits = tokenized.eval_prompts[index] is not None
-        wrong = Grade(0.0, correct=False, well_formed=False)
-        texts = trainer.codec.decode(completions)
-        grades.append([tokenized.source.grade(text, example) if fits else wrong for text in texts])
-        for sample, (text, grade) in enumerate(zip(texts, grades[-1], strict=True)):
+    examples, wrong = tokenized.evaluated[: config.eval_examples], Grade(0.0, correct=False, well_formed=False)
+    asked = [(example, prompt is not None) for example, prompt in zip(examples, tokenized.eval_prompts, strict=False)]
+    texts_of = [trainer.codec.decode(completions) for completions in answers]
+    grades = parallel.in_shares(
+        lambda some: [[tokenized.source.grade(t, e) if fits else wrong for t in texts] for (e, fits), texts in some],
+        list(zip(asked, texts_of, strict=True)),
+    )
+    for index, (example, texts) in enumerate(zip(examples, texts_of, strict=True)):
+        for sample, (text, grade) in enumerate(zip(texts, grades[index], strict=True)):
             answer = {"split": split, "index": index, "sample": sample, "prompt": example.prompt}
             answer |= {"answer": example.answer, "completion": text}
             trainer.answers.append(answer | dataclasses.asdict(grade))
@@ -82,7 +85,8 @@ def draw_answers(trainer, tokenized: TokenizedTask, params: SamplingParams, samp
         groups += [[] for _ in part]
         for drawn in range(0, samples, EVAL_ROWS):
             size = min(EVAL_ROWS, samples - drawn)
-            completions = generate(trainer.sampler, part, params, group_size=size, **options).completions
+            trainer.interrupt.check()
+            completions = parallel.generate(trainer.sampler, part, params, group_size=size, **options).completions
             for i, group in enumerate(groups[start:]):
                 group += completions[i * size : (i + 1) * size]
         trainer.progress.show(f"evaluating {tokenized.source.name}: {len(groups)}/{len(asked)}")
@@ -93,12 +97,13 @@ def draw_answers(trainer, tokenized: TokenizedTask, params: SamplingParams, samp
 @torch.no_grad()
 def kl_to_reference(model: Transformer, reference: Transformer, batch: Batch, max_tokens: int) -> float:
     """KL(model || reference) in nats, exact over the vocabulary, mean over the completion tokens of a batch."""
-    total, tokens, device = 0.0, sum(map(len, batch.completions)), model.device
-    for micro in micro_batches(batch, max_tokens, device):
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            hidden, ref_hidden = completion_hidden(model, micro), completion_hidden(reference, micro)
-            total += kernels.exact_kl(hidden, model.head, ref_hidden, reference.head).sum().item()
-    return total / max(tokens, 1)
+    total, tokens = 0.0, sum(map(len, batch.completions))
+    with parallel.together(model, reference):
+        for micro in parallel.micro_batches(batch, max_tokens, model):
+            with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+                hidden, ref_hidden = completion_hidden(model, micro), completion_hidden(reference, micro)
+                total += kernels.exact_kl(hidden, model.head, ref_hidden, reference.head).sum().item()
+    return parallel.combine({"kl": total})["kl"] / max(tokens, 1)
 
 
 def kl_of_samples(trainer, groups: list[Group]) -> float:

@@ -17,10 +17,10 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +30,7 @@ from data.files import one_line, read_json
 from data.isolated import VerifierFailed
 from model import resolve_checkpoint
 
+from . import parallel
 from .checkpoint import Checkpoint, RunFolder, default_out, fingerprint_of, read_state, restore, save, save_weights
 from .config import RunConfig, check_resume, flag_name, keeps_initial, path_in, today
 from .diagnosis import diagnose
@@ -55,16 +56,14 @@ class Run:
         if self.checkpoint:
             with self.checkpoint.fits():
                 restore(trainer, self.checkpoint, self.state, self.fingerprint)
+        parallel.gather("ready")  # all processes have read what will now be written over
         with folder.locked(new=True) if self.source is not folder else contextlib.nullcontext():
-            if branch and self.source.metrics.exists():
-                shutil.copy(self.source.metrics, folder.metrics)
-            folder.rewind(self.checkpoint)
+            folder.rewind(self.checkpoint, self.source if branch else None)
             if branch:
                 if self.checkpoint:
                     save(trainer, folder, self.fingerprint)  # before config.json, without which none resumes here
                 self.source_lock.close()  # others may go on there
             folder.write_json("config.json", dataclasses.asdict(self.config) | {"out": str(folder.path)})
-            (folder.path / "summary.json").unlink(missing_ok=True)  # of a run that was finished, and is no longer
             with trainer.interrupt, trainer.progress:
                 trainer.progress.say(headline(trainer, folder.path))
                 if trainer.state.step == self.config.total_steps and not trainer.state.pending:  # no step will save it
@@ -115,7 +114,8 @@ class Run:
 
     def save_if_due(self) -> None:
         """Save where that is due; after a signal save, and raise Stopped."""
-        step, every, signal_number = self.trainer.state.step, self.config.save_every, self.trainer.interrupt.signal
+        step, every = self.trainer.state.step, self.config.save_every
+        signal_number = self.trainer.interrupt.agreed()
         last = step == self.config.total_steps
         if last or signal_number or (every and step % every == 0):
             save(self.trainer, self.folder, self.fingerprint)
@@ -125,13 +125,13 @@ class Run:
     def finish(self) -> dict:
         """The summary, also written to the folder."""
         summary = summarise(self.trainer, self.folder.path)
-        summary["diagnosis"] = diagnose(self.folder.records(), summary)
+        summary["diagnosis"] = diagnose(self.folder.records(), summary) if parallel.RANK == 0 else []
         self.folder.write_json("summary.json", summary)
         return summary
 
 
 def new_run(config: RunConfig) -> Run:
-    config = dataclasses.replace(config, template_date=config.template_date or today())
+    config = dataclasses.replace(config, template_date=config.template_date or parallel.gather(today())[0])
     folder = RunFolder(config.out or default_out(config, config.controller))
     folder.check_unused()  # before anything takes time
     return Run(config, folder)
@@ -197,7 +197,7 @@ class Interrupt:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a flag, so that the step in hand can end; the second one kills."""
 
     def __init__(self):
-        self.signal: int | None = None
+        self.signal, self.since = 0, 0.0  # its number, and when it came
         self.waits, self.previous = True, {}
 
     def __enter__(self) -> Self:
@@ -214,18 +214,30 @@ class Interrupt:
     @contextlib.contextmanager
     def at_once(self):
         """Where nothing is half done: a signal raises Stopped on the spot, and so does one that came before."""
-        self.waits = False
+        self.waits = parallel.RANKS > 1  # one of several must not leave the others waiting
         try:
-            if self.signal:
-                raise Stopped(self.signal)
+            self.check()
             yield
         finally:
             self.waits = True
 
+    def agreed(self) -> int:
+        """The signal that has come, to whichever process; 0: none."""
+        return max(parallel.gather(self.signal))
+
+    def check(self) -> None:
+        if number := self.agreed():
+            raise Stopped(number)
+
     def _on_signal(self, number, frame) -> None:
-        self.signal = number
-        for s in self.previous:  # a terminal that closes may send SIGHUP twice
+        again = self.signal > 0
+        if again and time.monotonic() < self.since + 10:
+            return  # one of several processes hears of the same one from the terminal and from torchrun
+        for s in self.previous if again or parallel.RANKS == 1 else ():  # a closing terminal may send SIGHUP twice
             signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL)
+        if again:
+            signal.raise_signal(number)
+        self.signal, self.since = number, time.monotonic()
         with contextlib.suppress(RuntimeError):  # it came in the middle of another line's write
             say("\nfinishing this step, then saving; a second signal stops at once")
         if not self.waits:
@@ -254,25 +266,33 @@ def exit_code(command: Callable[[list[str] | None], None]) -> Callable[[list[str
         for name in ("stdin", "stdout", "stderr"):
             if getattr(sys, name) is None:  # closed: its number would go to the next file that is opened
                 setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (as long as the process lives)
+        store = None
         try:
+            store = parallel.join()
             command(argv)
             sys.stdout.flush()
-            return 0
+            code = 0
         except Stopped as stopped:
-            return 128 + stopped.signal
+            code = 128 + stopped.signal
         except KeyboardInterrupt:
             say("\nsasr.py: interrupted")
-            return 130
+            code = 130
         except BrokenPipeError:  # who read our output has gone, which Python would complain of once more at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            code = 0
         except Exception as error:
-            debug = "--debug" in (sys.argv if argv is None else argv)
-            if debug:
-                traceback.print_exc()
-            expected = isinstance(error, (*BAD_INPUT, Fault, VerifierFailed, OSError))
-            text = one_line(error, 1000) if expected else f"{type(error).__name__}: {error}"
-            say(f"sasr.py: {text}{'' if expected or debug else ' (--debug shows where)'}")
-            return 2 if isinstance(error, BAD_INPUT) else 1
+            if parallel.fails_first(store):
+                report(error, debug="--debug" in (sys.argv if argv is None else argv))
+            code = 2 if isinstance(error, BAD_INPUT) else 1
+        return parallel.leave(code)
 
     return main
+
+
+def report(error: Exception, debug: bool) -> None:
+    """One line, below the traceback if that is asked for."""
+    if debug:
+        traceback.print_exception(error)
+    expected = isinstance(error, (*BAD_INPUT, Fault, VerifierFailed, parallel.RankFailed, OSError))
+    text = one_line(error, 1000) if expected else f"{type(error).__name__}: {error}"
+    say(f"sasr.py: {text}{'' if expected or debug else ' (--debug shows where)'}")

@@ -9,14 +9,19 @@ from data.files import read_json
 from model import ModelConfig, Transformer
 from rollout import free_memory
 
+from . import parallel
 from .evaluation import EVAL_ROWS
 from .report import dropped_report
 from .setup import Setup
 
 
 def memory_plan(setup: Setup) -> dict[str, float]:
-    """Bytes on the device by what they are for, and the `peak`: what stays, and an update or an evaluation on top."""
+    """Bytes on the device by what they are for, and the `peak`: what stays, and an update or an evaluation on top.
+
+    Of several processes each has its share of the rows; with --shard also of weights, gradients and moments.
+    """
     config, shape, task, cuda = setup.config, setup.shape, setup.task, setup.device.type == "cuda"
+    ranks, parts = parallel.RANKS, parallel.RANKS if config.shard else 1
     with torch.device("meta"):
         model = Transformer(shape)
         parameters, frozen = sum(p.numel() for p in model.parameters()), 0
@@ -29,25 +34,32 @@ def memory_plan(setup: Setup) -> dict[str, float]:
     copy_bytes = 2 if cuda else 4  # bf16 where it is used for arithmetic
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * copy_bytes  # of a cache
     completion = task.longest_prompt + task.max_new_tokens  # tokens
-    rows = config.prompts_per_step * config.group_size
+    prompts, demonstrations = (math.ceil(n / ranks) for n in (config.prompts_per_step, config.sft_batch_size))
+    rows = prompts * config.group_size
     eval_rows = min(EVAL_ROWS, max(config.eval_samples, 1) * min(config.eval_examples, len(task.evaluated)))
+    eval_rows = math.ceil(eval_rows / ranks)
     limit, row = 1e9 * config.rollout_memory or math.inf, -(-completion // 128) * 128 * per_token
     cache, eval_cache = min(rows * row, limit), min(eval_rows * row, limit)
     draws = 4 * 4 * shape.vocab_size  # logits, log-probs, probabilities and their sums, of a row
 
-    sft_tokens = config.sft_batch_size * (task.longest_prompt + task.longest_demonstration)
-    grpo_tokens = config.prompts_per_step * task.longest_prompt + rows * task.max_new_tokens
+    sft_tokens = demonstrations * (task.longest_prompt + task.longest_demonstration)
+    grpo_tokens = (rows if config.shard else prompts) * task.longest_prompt + rows * task.max_new_tokens
     policies = (config.kl_coef > 0) + config.keeps_warmed_up
     tokens = min(default_max_tokens(config.tokens_per_microbatch, setup.device), max(sft_tokens, grpo_tokens))
     plan = {
-        "weights": 4 * trained + frozen * parameters,
-        "optimizer": 8 * trained * (1 + config.separate_moments),
-        "sampler's copy": 2 * parameters if cuda else 0,
+        "weights": (4 * trained + frozen * parameters) / parts,
+        "optimizer": 8 * trained * (1 + config.separate_moments) / parts,
+        "sampler's copy": copy_bytes * parameters if cuda or config.shard else 0,
         "reference": policies * copy_bytes * trained * (not (cuda and config.offload_reference)),
         "rollout cache": cache + rows * draws,
     }
+    if config.shard:
+        root = sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
+        layer = (sum(p.numel() for p in model.parameters()) - root) / shape.num_hidden_layers
+        plan["reference"] = policies * (4 * trained + frozen * parameters) / parts
+        plan["put together"] = 8 * root + 2 * (copy_bytes + 4) * layer  # root and two layers, and their gradients
     stays = sum(plan.values())
-    plan["gradients"] = 4 * trained
+    plan["gradients"] = 4 * trained / parts * (2 if ranks > 1 and not config.shard else 1)  # and what adds them up
     plan["activations"] = activation_bytes(shape, max(tokens, completion), config.gradient_checkpointing, cuda, frozen)
     plan["activations"] += attention_bias_bytes(shape, min(tokens, rows * task.max_new_tokens), completion, cuda)
     plan["evaluation"] = eval_cache + eval_rows * draws + 4 * parameters * (frozen > 0 and not cuda)  # merged weights
@@ -89,14 +101,14 @@ def attention_bias_bytes(shape: ModelConfig, completion_tokens: int, longest: in
 def dry_run_report(setup: Setup) -> str:
     """The plan as a table, beside what the device has."""
     plan, total = memory_plan(setup), free_memory(setup.device)
-    lines = [*dropped_report(setup), f"{'memory on ' + str(setup.device):24}{'GB':>8}"]
+    each = f" of each of {parallel.RANKS} processes" if parallel.RANKS > 1 else ""
+    lines = [*dropped_report(setup), f"{'memory on ' + str(setup.device) + each:24}{'GB':>8}"]
     lines += [f"{name:24}{size / 1e9:8.2f}" for name, size in plan.items()]
     too_much = plan["peak"] >= total
     lines.append(f"{'does NOT fit' if too_much else 'fits'} into the {total / 1e9:.1f} GB that are free now")
     if too_much:
-        flags = ("gradient-checkpointing", "offload-reference", "tokens-per-microbatch", "max-new-tokens")
-        more = ("rollout-memory", "prompts-per-step", "eval-samples")
-        lines.append("less: " + ", ".join(f"--{flag}" for flag in (*flags, *more)))
+        less = "less: --gradient-checkpointing, --offload-reference, --tokens-per-microbatch, --max-new-tokens, "
+        lines.append(less + "--rollout-memory, --prompts-per-step, --eval-samples")
     prompt, completion = setup.task.longest_prompt, setup.task.max_new_tokens
     tokens = default_max_tokens(setup.config.tokens_per_microbatch, setup.device)
     lines.append(f"prompts of up to {prompt} tokens, completions of up to {completion}; {tokens} tokens a micro-batch")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from baselines import METHODS, Group, Method
+from baselines import Group
 
 from .config import RunConfig
 from .setup import Setup
@@ -31,14 +31,13 @@ class Progress(contextlib.AbstractContextManager):
         if last or now - self.last >= (0.1 if self.live else 10):
             width, self.last = shutil.get_terminal_size().columns - 1, now
             self._write("\r" + text[:width].ljust(width) if self.live else text + "\n")
-            self.open = self.live
 
     def say(self, text: str) -> None:
         """Lines that stay."""
         self._write(("\n" if self.open else "") + text + "\n")
-        self.open = False
 
     def _write(self, text: str) -> None:
+        self.open = not text.endswith("\n")
         with contextlib.suppress(OSError):  # a closed pipe or terminal is no reason to stop
             self.stream.write(text)
             self.stream.flush()
@@ -46,7 +45,6 @@ class Progress(contextlib.AbstractContextManager):
     def __exit__(self, *_) -> None:
         if self.open:
             self._write("\n")
-            self.open = False
 
 
 def say(text: str) -> None:
@@ -81,12 +79,10 @@ def dropped_report(setup: Setup) -> list[str]:
     lines = []
     if task.source.skipped:
         lines.append(f"skipped {len(task.source.skipped)} bad record(s), the first: {task.source.skipped[0]}")
-    for tokenized in dict.fromkeys((task, setup.warmup_task)):  # often the same
-        why = {"prompts": "that are too long", "demonstrations": "that are too long, or whose prompts are"}
-        dropped = {kind: n for kind, n in tokenized.dropped.items() if n}
-        lines += [f"dropped {n} {kind} of {tokenized.source.name} {why[kind]}" for kind, n in dropped.items()]
-    too_long = sum(prompt is None for prompt in task.eval_prompts[: config.eval_examples])
-    if too_long:
+    why = {"prompts": "that are too long", "demonstrations": "that are too long, or whose prompts are"}
+    for learnt in dict.fromkeys((task, setup.warmup_task)):  # often the same
+        lines += [f"dropped {n} {kind} of {learnt.source.name} {why[kind]}" for kind, n in learnt.dropped.items() if n]
+    if too_long := task.eval_prompts[: config.eval_examples].count(None):
         lines.append(f"{too_long} {config.eval_split} prompts are too long and count as wrong answers")
     if not task.evaluated:
         lines.append(f"there are no {config.eval_split} examples, so nothing is evaluated; --eval-split has the other")
@@ -109,21 +105,16 @@ def progress_line(config: RunConfig, state, record: dict) -> str:
 
 
 def seconds_left(config: RunConfig, state) -> float:
-    """From the mean cost of each kind of step so far; before the first one with samples its cost is a guess."""
-    with_samples = state.grpo_steps + state.mixed_steps
-    adaptive = state.sft_steps + with_samples
+    """From the mean cost of a step of each stage so far; before there is an adaptive one, its cost is a guess."""
+    adaptive = state.sft_steps + state.grpo_steps + state.mixed_steps
     warmed_up = state.step - adaptive
-    sft_cost = (state.seconds["warmup"] + state.seconds["sft"]) / max(warmed_up + state.sft_steps, 1)
-    guess = 2 * sft_cost * config.prompts_per_step * config.group_size / config.sft_batch_size
-    grpo_cost = (state.seconds["grpo"] + state.seconds["mixed"]) / with_samples if with_samples else guess
-    mixes = METHODS.get(config.controller, Method).mixes
-    prior = {"sft": 1.0, "grpo": 0.0}.get(config.controller, 0.5) * (not mixes)  # worth ten steps of evidence
-    sft_share = (state.sft_steps + 10 * prior) / (adaptive + 10)
-    adaptive_cost = sft_share * sft_cost + (1 - sft_share) * grpo_cost
-    evaluations = config.evaluation_steps
-    evaluated = sum(step <= state.step for step in evaluations)  # at least the one before the first step
-    steps = (config.warmup_steps - warmed_up) * sft_cost + (config.steps - adaptive) * adaptive_cost
-    return steps + (len(evaluations) - evaluated) * state.seconds["eval"] / evaluated
+    warmup_cost = state.seconds["warmup"] / max(warmed_up, 1)
+    spent = state.seconds["sft"] + state.seconds["grpo"] + state.seconds["mixed"]
+    guess = warmup_cost * config.prompts_per_step * config.group_size / config.sft_batch_size
+    adaptive_cost = spent / adaptive if adaptive else guess
+    steps = (config.warmup_steps - warmed_up) * warmup_cost + (config.steps - adaptive) * adaptive_cost
+    evaluated = sum(step <= state.step for step in config.evaluation_steps)  # at least the one before the first step
+    return steps + (len(config.evaluation_steps) - evaluated) * state.seconds["eval"] / evaluated
 
 
 def closing_table(summary: dict) -> str:

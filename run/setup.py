@@ -17,6 +17,7 @@ from data.tokenizer import Codec
 from model import ModelConfig, Transformer, read_config, resolve_checkpoint
 from rollout import resolve_device
 
+from . import parallel
 from .config import RunConfig
 
 
@@ -24,7 +25,9 @@ class Setup:
     """All but the weights. Raises ValueError naming the flag or file that is wrong, or the data that is missing."""
 
     def __init__(self, config: RunConfig):
-        self.config, self.device = config, resolve_device(config.device)
+        self.config, self.device = config, resolve_device(parallel.local_device(config.device))
+        if config.shard and parallel.RANKS == 1:
+            raise ValueError("--shard: one process has nothing to share out; start with torchrun, or go on --no-shard")
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
             # A warning, no more: on CUDA the cumulative sums of the sampler exist in one form only.
@@ -35,8 +38,7 @@ class Setup:
             self.checkpoint = resolve_checkpoint(config.model, weights=False)
             self.shape = read_config(self.checkpoint)
             context = self.shape.max_position_embeddings
-            names = ("prompt_format", "system", "template_args", "template_date")
-            prompts = {name: getattr(config, name) for name in names}
+            prompts = {n: getattr(config, n) for n in ("prompt_format", "system", "template_args", "template_date")}
             self.codec = Codec.from_pretrained(self.checkpoint, **prompts)
         elif config.prompt_format == "chat" or config.system or config.template_args:
             raise ValueError("--prompt-format chat, --system and --template-args need --model, and its chat template")
@@ -49,12 +51,14 @@ class Setup:
         self.task = tokenize(task, eval_split=config.eval_split)
         self.warmup_task = self.task if warmup_task is task else tokenize(warmup_task)
         self.ood_tasks = {f"_ood{n if n > 1 else ''}": tokenize(ood) for n, ood in enumerate(ood_tasks, start=1)}
+        found = self.task.demonstration_of
+        self.with_demonstration = [i for i, demonstration in enumerate(found) if demonstration is not None]
+        self.without_demonstration = [i for i, demonstration in enumerate(found) if demonstration is None]
         if config.total_steps:
             self.task.check_prompts()
-            shown, others = self.by_demonstration()
-            share = config.demonstrated_share
-            if (share > 0 and not shown) or (0 <= share < 1 and not others):
-                found = f"{len(shown)} of {len(self.task.train)} prompts of {task.name} have a demonstration"
+            share, shown, total = config.demonstrated_share, len(self.with_demonstration), len(self.task.train)
+            if (share > 0 and not shown) or (0 <= share < 1 and shown == total):
+                found = f"{shown} of {total} prompts of {task.name} have a demonstration"
                 raise ValueError(f"--demonstrated-share {share:g}: {found}")
         if config.warmup_steps:
             self.warmup_task.check_demonstrations()
@@ -72,11 +76,6 @@ class Setup:
             tokens, end = self.codec.tokenizer.get_vocab_size(), self.codec.stop_token_ids[0]
             self.shape = ModelConfig.small(tokens, config.hidden_size, config.layers, config.heads, longest, end)
 
-    def by_demonstration(self) -> tuple[list[int], list[int]]:
-        """The training prompts that have a demonstration, and the others."""
-        found = self.task.demonstration_of
-        return [i for i, d in enumerate(found) if d is not None], [i for i, d in enumerate(found) if d is None]
-
     def draw_prompts(self, number: int) -> list[int]:
         """Batch number 0, 1, ... of the training prompts, with --demonstrated-share each kind in an order of its own.
 
@@ -86,7 +85,7 @@ class Setup:
         draw = partial(shuffled, seed=self.config.seed, purpose="prompts")
         if share < 0:
             return draw(len(self.task.train), number * size, size)
-        shown, others = self.by_demonstration()
+        shown, others = self.with_demonstration, self.without_demonstration
         start, end = (round(n * size * share) for n in (number, number + 1))
         drawn = [shown[i] for i in draw(len(shown), start, end - start)]
         return drawn + [others[i] for i in draw(len(others), number * size - start, size - len(drawn))]
@@ -110,15 +109,12 @@ class Setup:
 @contextlib.contextmanager
 def strictly_deterministic():
     """Within, --deterministic does not only warn: for a warning, attention on CUDA keeps its backward as it is."""
-    if not torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    mode = torch.get_deterministic_debug_mode()  # 0: off, 1: warns, 2: raises
+    torch.set_deterministic_debug_mode(2 if mode else 0)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True, warn_only=lenient)
+        torch.set_deterministic_debug_mode(mode)
 
 
 def check_grades(tokenized: TokenizedTask, codec: Codec, learnt: bool, count: int = 64) -> str:
@@ -158,24 +154,24 @@ def load_tasks(config: RunConfig) -> tuple[Task, Task, list[Task]]:
         limits = {"seconds": config.reward_seconds, "on_error": config.reward_on_error}
         task = dataclasses.replace(task, verify=IsolatedVerifier(task.name, options, config.reward, **limits))
     warmup = generated_task("--warmup-task", config.warmup_task, config.seed) if config.warmup_task else task
-    if config.ood_task in ("auto", "none"):
-        harder = harder_task(config, task) if config.ood_task == "auto" else None
-        return task, warmup, [harder] if harder else []
-    return task, warmup, [generated_task("--ood-task", name, config.seed) for name in config.ood_task.split()]
+    if config.ood_task == "auto":
+        return task, warmup, harder_tasks(config, task)
+    names = [] if config.ood_task == "none" else config.ood_task.split()
+    return task, warmup, [generated_task("--ood-task", name, config.seed) for name in names]
 
 
-def harder_task(config: RunConfig, task: Task) -> Task | None:
+def harder_tasks(config: RunConfig, task: Task) -> list[Task]:
     """`--ood-task auto`: the task of `OOD_TASKS`, with the options of --task but those of size.
 
     None where --task is no generated one, has a verifier of the user's, is as hard itself, or has too few of the kind.
     """
     if config.data or config.reward or task.name not in OOD_TASKS:
-        return None
+        return []
     (key, value), sizes = OOD_TASKS[task.name], ("train_size", "test_size", "demonstrations", "swapped")
     if task.options.get(key, 0) >= value:
-        return None
+        return []
     options = {k: v for k, v in task.options.items() if k not in sizes} | {key: value, "train_size": 1}
     try:
-        return load_task(task.name, seed=config.seed, **options)
+        return [load_task(task.name, seed=config.seed, **options)]
     except ValueError:  # `dropped_report` says that there is none
-        return None
+        return []

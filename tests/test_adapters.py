@@ -377,7 +377,7 @@ def stopped(configuration: sasr.Config, step: int, monkeypatch) -> Path:
     original = sasr.Trainer.step
 
     def step_and_stop(trainer):
-        trainer.interrupt.signal = 15 if trainer.state.step == step - 1 else None
+        trainer.interrupt.signal = 15 if trainer.state.step == step - 1 else 0
         return original(trainer)
 
     with monkeypatch.context() as patch:

@@ -39,7 +39,7 @@ def test_a_way_of_mixing_is_one_function_and_one_line(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("run", "data", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    code = block("-> Schedule")
+    code = block('SCHEDULES["linear"]')
     assert len(code.splitlines()) <= 10
     with (tmp_path / "baselines.py").open("a", encoding="utf-8") as file:
         file.write("\n\n" + code)
@@ -68,7 +68,7 @@ def test_the_reading_map_names_files_and_their_length():
 
 def test_what_the_readme_names_exists():
     known = {flag for action in make_parser(sasr.Config)._actions for flag in action.option_strings}
-    known |= {"--shapes", "--prompt", "--upgrade", "--to"} | set(
+    known |= {"--shapes", "--prompt", "--upgrade", "--to", "--nproc-per-node"} | set(
         re.findall("--[a-z]+", (ROOT / "benchmarks/gpu.sh").read_text())
     )
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):

@@ -369,7 +369,7 @@ def test_many_samples_are_drawn_a_few_at_a_time_and_stay_with_their_prompt(monke
         sizes.append(group_size)
         return Rollout([[70 + len(sizes), *prompt[:1]] for prompt in prompts for _ in range(group_size)], [], [])
 
-    monkeypatch.setattr(run.evaluation, "generate", generate)
+    monkeypatch.setattr(run.parallel, "generate", generate)
     run.evaluation.evaluate(trainer)
     assert sizes == [1, 3, 3, 1, 3, 3, 1]  # greedy answers to both prompts that fit, then 7 samples to each
     assert [sum(answer["index"] == i for answer in trainer.answers) for i in range(4)] == [8] * 4
@@ -406,7 +406,7 @@ def test_each_kind_of_loss_is_told(monkeypatch):
 def test_prompts_that_do_not_fit_are_wrong_answers_whatever_the_verifier_says(monkeypatch):
     trainer = trainer_on(echo_task(), byte_codec(), monkeypatch, max_prompt_tokens=20, eval_samples=2)
     monkeypatch.setattr(
-        run.evaluation,
+        run.parallel,
         "generate",
         lambda model, prompts, params, group_size=1, **_: Rollout([[70]] * len(prompts) * group_size, [], []),
     )

@@ -236,9 +236,8 @@ def save(trainer, folder: RunFolder, fingerprint: dict[str, str]) -> None:
     state["unlogged"] = state.pop("pending")  # its name in files
     saved = {"state": state, "controller": trainer.controller.state_dict(), "method": trainer.method.memory}
     saved |= {"config": dataclasses.asdict(trainer.config), "config_hash": trainer.config.hash()}
-    tensors = named_tensors(trainer)
-    tensors = parallel.collect(tensors) if trainer.config.shard else tensors
-    folder.save_checkpoint(tensors, saved | {"fingerprint": fingerprint})
+    folder.save_checkpoint(parallel.collect(named_tensors(trainer)), saved | {"fingerprint": fingerprint})
+    parallel.gather("saved")  # of a rank that ends before, after a signal, torchrun thinks that it failed: it ends all
 
 
 def save_weights(trainer, folder: RunFolder) -> None:

@@ -56,7 +56,8 @@ class Run:
         if self.checkpoint:
             with self.checkpoint.fits():
                 restore(trainer, self.checkpoint, self.state, self.fingerprint)
-        parallel.gather("ready")  # all processes have read what will now be written over
+        begun = {"checkpoint": repr(self.checkpoint and self.checkpoint.state), "configuration": self.config.hash()}
+        parallel.check_alike(begun | self.fingerprint)  # and all have read what will now be written over
         with folder.locked(new=True) if self.source is not folder else contextlib.nullcontext():
             folder.rewind(self.checkpoint, self.source if branch else None)
             if branch:
@@ -94,11 +95,15 @@ class Run:
 
     @contextlib.contextmanager
     def save_on_interrupt(self) -> Iterator[None]:
-        """An evaluation that is interrupted, or fails, loses no step: on resuming only the evaluation is done again."""
+        """An evaluation that is interrupted, or fails, loses no step: on resuming only the evaluation is done again.
+
+        Of several processes one that fails does so alone, and cannot save what all have a part of.
+        """
         try:
             yield
-        except (Stopped, RuntimeError):
-            save(self.trainer, self.folder, self.fingerprint)
+        except (Stopped, RuntimeError) as error:
+            if isinstance(error, Stopped) or parallel.RANKS == 1:
+                save(self.trainer, self.folder, self.fingerprint)
             raise
 
     def log(self, scores: dict[str, float]) -> None:

@@ -10,7 +10,8 @@ the whole batch, so nothing else is needed. Ranks meet there, and not between tw
 shares leave none of them waiting. What one rank alone may meet, a signal or a lack of memory, all agree upon.
 
 Rank 0 writes the files and speaks. A rank that fails says why, if it is the first, and torchrun ends the others, after
-30 seconds by force. A resume reads the run's folder on every machine.
+30 seconds (`--shutdown-timeout`) by force. Every machine needs the same files, which is checked, and for a resume the
+run's folder; each rank reads the whole model into the CPU's memory first, with --shard, too.
 """
 
 import contextlib
@@ -37,6 +38,8 @@ class RankFailed(Exception):
 
 # Torchrun sets these two, and how the ranks find each other.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if RANKS > 1:
+    import torch.distributed as dist
 
 
 def on_rank_0(write: Callable) -> Callable:
@@ -51,8 +54,6 @@ def join():
     """Meet the other ranks: over NCCL where tensors are on CUDA, else over gloo. The store that all of them can ask."""
     if RANKS == 1:
         return None
-    import torch.distributed as dist
-
     if RANK > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
     with linked():
@@ -90,11 +91,13 @@ def local_device(name: str) -> str:
 
 @contextlib.contextmanager
 def linked() -> Iterator[None]:
-    """What fails on the way between ranks is a RankFailed."""
+    """What fails on the way between ranks is a RankFailed: the others wait there, so that none can try again alone."""
     try:
         yield
     except RuntimeError as error:
-        raise RankFailed(f"another rank is gone, or cannot be reached: {error}") from None
+        short = isinstance(error, torch.OutOfMemoryError)
+        reason = "no memory to add up with" if short else "another rank is gone, or cannot be reached"
+        raise RankFailed(f"{reason}: {error}") from None
 
 
 # ----------------------------------------------------------------------------- what all ranks know
@@ -104,12 +107,18 @@ def gather(value: Any) -> list:
     """What each rank has, in order."""
     if RANKS == 1:
         return [value]
-    import torch.distributed as dist
-
     values = [None] * RANKS
     with linked():
         dist.all_gather_object(values, value)
     return values
+
+
+def check_alike(begun: dict[str, str]) -> None:
+    """Raises ValueError, on all ranks, naming the first kind of thing that they do not all begin with alike."""
+    for rank, of_rank in enumerate(every := gather(begun)):
+        for kind in begun:
+            if of_rank[kind] != every[0][kind]:
+                raise ValueError(f"rank {rank} has another {kind} than rank 0: each machine needs the same files")
 
 
 def combine(measures: dict[str, float]) -> dict[str, float]:
@@ -122,10 +131,8 @@ def combine(measures: dict[str, float]) -> dict[str, float]:
 def add_up(tensors: list[Tensor]) -> None:
     """Let each tensor be its sum over the ranks, in place and in one message. All are of one type and device."""
     if RANKS > 1:
-        import torch.distributed as dist
-
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
         with linked():
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
@@ -184,8 +191,8 @@ def in_shares(function: Callable[[list], list], items: list) -> list:
 def generate(model: Transformer, prompts: list[list[int]], params: rollout.SamplingParams, **options):
     """`rollout.generate`, each rank for some of the prompts: the same Rollout, however many ranks there are."""
     of_ranks = gather(rollout.generate(model, prompts, params, only=share(range(len(prompts))), **options))
-    lists = zip(*((r.completions, r.logprobs, r.finished) for r in of_ranks), strict=True)
-    return rollout.Rollout(*(list(itertools.chain(*parts)) for parts in lists), max(r.chunks for r in of_ranks))
+    every = {name: [x for r in of_ranks for x in getattr(r, name)] for name in ("completions", "logprobs", "finished")}
+    return rollout.Rollout(**every, chunks=max(r.chunks for r in of_ranks))
 
 
 def micro_batches(batch: Batch, max_tokens: int, model: Transformer) -> list[MicroBatch]:
@@ -195,7 +202,7 @@ def micro_batches(batch: Batch, max_tokens: int, model: Transformer) -> list[Mic
     rows = [i for i, prompt in enumerate(batch.prompts) if tuple(prompt) in mine]
     pieces = cut_into_pieces(batch, max_tokens, model.device, rows, share_prompts=not is_sharded(model))
     missing = max(gather(len(pieces))) - len(pieces) if is_sharded(model) else 0
-    return pieces + [collate(Batch(batch.prompts[:1], [[]]), [0], [0, 0], model.device)] * missing
+    return pieces + [collate(Batch([[0]], [[]]), [0], [0, 0], model.device) for _ in range(missing)]
 
 
 # ----------------------------------------------------------------------------- a model in shards

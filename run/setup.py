@@ -26,6 +26,7 @@ class Setup:
 
     def __init__(self, config: RunConfig):
         self.config, self.device = config, resolve_device(parallel.local_device(config.device))
+        parallel.add_up([torch.zeros(1, device=self.device)])  # so that NCCL has its memory before a cache fills it
         if config.shard and parallel.RANKS == 1:
             raise ValueError("--shard: one process has nothing to share out; start with torchrun, or go on --no-shard")
         if config.deterministic:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,7 +21,8 @@ import sasr  # noqa: E402
 from baselines import METHODS, SCHEDULES  # noqa: E402
 from data import Grade  # noqa: E402
 from run import parallel  # noqa: E402
-from run.checkpoint import named_tensors  # noqa: E402
+from run.checkpoint import RunFolder, named_tensors  # noqa: E402
+from run.lifecycle import Stopped  # noqa: E402
 
 TINY = {"task": "countdown:train_size=40,test_size=6", "ood_task": "none", "device": "cpu", "warmup_steps": 2}
 TINY |= {"steps": 18, "layers": 2, "hidden_size": 16, "heads": 2, "vocab_size": 300, "sft_batch_size": 5}
@@ -129,11 +132,35 @@ def out_of_memory_once(flags: dict, steps: int) -> dict:
         sasr.completion_logprobs = inner
 
 
+def stopped_while_rank_0_writes(flags: dict) -> dict:
+    """A signal to rank 1 alone, and a slow disk: when the checkpoint is written, and when each rank goes on to end."""
+    written, step, save_checkpoint = [], sasr.Trainer.step, RunFolder.save_checkpoint
+
+    def interrupted_step(trainer):
+        if parallel.RANK == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer)
+
+    def save_slowly(*args):
+        time.sleep(0.3 * (parallel.RANK == 0))
+        save_checkpoint(*args)
+        written.append(time.time())
+
+    sasr.Trainer.step, RunFolder.save_checkpoint = interrupted_step, save_slowly
+    try:
+        whole_run(flags)
+    except Stopped:
+        return {"written": written[-1], "ended": time.time()}
+    finally:
+        sasr.Trainer.step, RunFolder.save_checkpoint = step, save_checkpoint
+
+
 def whole_run(flags: dict) -> dict:
     return sasr.train(sasr.Config(**TINY | flags))
 
 
-CASES = {function.__name__: function for function in (steps_from, steps_free, out_of_memory_once, whole_run)}
+FUNCTIONS = (steps_from, steps_free, out_of_memory_once, stopped_while_rank_0_writes, whole_run)
+CASES = {function.__name__: function for function in FUNCTIONS}
 
 
 def main(folder: Path, names: list[str]) -> None:

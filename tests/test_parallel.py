@@ -20,6 +20,7 @@ from ranks import ROOT, STEPS, TINY
 from test_adapters import write_base
 
 import sasr
+from run import parallel
 from run.checkpoint import RunFolder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -61,6 +62,8 @@ def quick(tmp_path_factory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("quick")
     cases = {name: steps_case(name, folder) for name in QUICK} | {"plain": shard_case("plain", folder)}
     cases["short"] = {"function": "out_of_memory_once", "flags": {"controller": "alternate"}, "steps": 4}
+    flags = {"controller": "sft", "out": str(folder / "stopped")}
+    cases["stopped"] = {"function": "stopped_while_rank_0_writes", "flags": flags}
     flags = {
         "controller": "alternate",
         "out": str(folder / "run"),
@@ -139,6 +142,20 @@ def test_where_one_rank_runs_out_of_memory_all_go_on_with_smaller_pieces(quick):
         check_steps(alone["steps"], of_rank["steps"])
 
 
+def test_a_lack_of_memory_while_the_others_wait_is_not_tried_again(monkeypatch):
+    """Another try begins with another message, and the others would wait for the first one."""
+    monkeypatch.setattr(sasr.parallel, "RANKS", 2)
+    monkeypatch.setattr(torch, "cat", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("8 GB")))
+    with pytest.raises(sasr.parallel.RankFailed, match="no memory to add up with: 8 GB"):
+        sasr.parallel.add_up([torch.zeros(2)])
+
+
+def test_after_a_signal_no_rank_ends_before_the_checkpoint_is_written(quick):
+    """Torchrun takes that for a failure, and 30 seconds later kills the writing."""
+    written = quick["stopped"][0]["written"]
+    assert [of_rank["ended"] >= written for of_rank in quick["stopped"]] == [True, True]
+
+
 def test_a_run_of_two_processes_goes_on_in_one(quick, tmp_path):
     out = Path(quick["cases"]["run"]["flags"]["out"])
     alone = sasr.train(sasr.Config(**TINY | quick["cases"]["run"]["flags"] | {"out": str(tmp_path / "alone")}))
@@ -153,6 +170,31 @@ def test_a_run_of_two_processes_goes_on_in_one(quick, tmp_path):
         assert (record["kind"], record["tokens"]) == (other["kind"], other["tokens"])
     summary = sasr.resume(str(out), {"steps": 6})
     assert summary["sft_steps"] + summary["grpo_steps"] == 6
+
+
+@pytest.mark.parametrize("count", range(9))
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_shares_are_all_there_is_in_order_and_differ_by_one_at_most(monkeypatch, count, processes):
+    monkeypatch.setattr(parallel, "RANKS", processes)
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        shares.append(parallel.share(list(range(count))))
+    assert [item for share in shares for item in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["configuration", "checkpoint", "demonstrations"])
+def test_ranks_that_begin_with_other_files_say_which(tmp_path, monkeypatch, kind):
+    """A machine may have an older copy of the run, or of the data: each rank would go on from its own."""
+
+    def gather(mine):
+        return [mine, mine | {kind: "another"}] if isinstance(mine, dict) else [mine]
+
+    monkeypatch.setattr(sasr.parallel, "gather", gather)
+    with pytest.raises(ValueError, match=f"rank 1 has another {kind} than rank 0"):
+        sasr.train(sasr.Config(**TINY | {"out": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------- whole runs
@@ -239,6 +281,21 @@ def test_a_verifier_that_stops_one_rank_ends_the_run_with_its_line(tmp_path):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_in_an_evaluation_in_shards_says_why(tmp_path, rank):
+    """After a step, where one process saves; the others could not help to put the weights together."""
+    file, after = tmp_path / "rewards.py", 3  # more answers than a rank has in the first evaluation
+    lines = ["import os", "calls = []", "def score(completion, example):", "    calls.append(1)"]
+    lines += [f"    return 1 / (os.environ['RANK'] != '{rank}' or len(calls) <= {after})"]
+    file.write_text("\n".join(lines) + "\n")
+    flags = ["--reward", f"{file}:score", "--reward-on-error", "stop", "--shard", "--out", tmp_path / "x"]
+    run = torchrun(*RUN, *flags)
+    _, stderr = run.communicate(timeout=60)
+    assert len(own_lines(stderr)) == 1, stderr
+    assert "ZeroDivisionError" in own_lines(stderr)[0]
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_ends_the_step_and_saves(tmp_path, undisturbed, number):
     out = tmp_path / "run"
@@ -307,3 +364,40 @@ def test_two_machines_are_two_agents_that_meet(tmp_path, undisturbed):
         agent.communicate(timeout=120)
         assert agent.returncode == 0
     same_steps(out, undisturbed)
+
+
+@pytest.mark.nightly
+def test_a_run_of_one_process_goes_on_in_two(tmp_path, undisturbed):
+    out = tmp_path / "run"
+    flags = [*RUN, "--steps", "6", "--out", str(out)]
+    assert subprocess.run([sys.executable, ROOT / "sasr.py", *flags], env=ALONE, check=False).returncode == 0
+    run = torchrun("--resume", out, "--steps", 30)
+    _, stderr = run.communicate()
+    assert run.returncode == 0, stderr
+    for record, other in zip(RunFolder(out).records()[:12], RunFolder(undisturbed).records()[:12], strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-4)
+    assert len(RunFolder(out).records()) == 34
+
+
+@pytest.mark.nightly
+def test_steps_that_are_not_finite_are_dropped_by_all_and_end_the_run(tmp_path):
+    flags = ["--warmup-lr", 1e6, "--max-grad-norm", 0, "--lr-warmup-steps", 0, "--eval-examples", 1]
+    run = torchrun(*RUN, *flags, "--max-bad-steps", 2, "--out", tmp_path / "x")
+    _, stderr = run.communicate()
+    assert run.returncode != 0
+    assert len(own_lines(stderr)) == 1, stderr
+    assert "not finite (bad steps in a row: 2); its batch is in" in own_lines(stderr)[0]
+    assert stderr.count("is dropped") == 1
+    assert (tmp_path / "x/bad_batch.json").is_file()
+
+
+@pytest.mark.nightly
+def test_a_full_disk_ends_all_with_the_line_of_the_one_that_writes(tmp_path):
+    out = tmp_path / "x"
+    command = " ".join([*TORCHRUN, str(ROOT / "sasr.py"), *RUN, "--out", str(out)])
+    shell = ["bash", "-c", f"ulimit -f 40; exec {command}"]  # no file may be larger than 40 KiB
+    run = subprocess.run(shell, env=ALONE, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert len(own_lines(run.stderr)) == 1, run.stderr
+    assert "File too large" in own_lines(run.stderr)[0]
+    assert not list(out.rglob("*.tmp"))

@@ -73,6 +73,13 @@ def test_a_run_needs_few_packages(room):
             assert not needed or (package in OPTIONAL and inside_function), f"{file.relative_to(ROOT)} imports {name}"
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_one_process_does_without_what_several_need(room):
+    for file in files_of(room):
+        always = [node for node in ast.parse(file.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not any("torch.distributed" in ast.unparse(node) for node in always), file.relative_to(ROOT)
+
+
 def test_reading_foreign_files_loads_no_task_and_no_torch():
     code = (
         "import sys, data.files; print([name for name in sys.modules if name.startswith('data.') or name == 'torch'])"

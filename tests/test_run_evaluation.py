@@ -602,6 +602,14 @@ def test_explicit_flags_override_a_preset(monkeypatch):
     assert first == dataclasses.replace(plain, lr=3e-5, gradient_checkpointing=False, model="x")
 
 
+def test_with_adapters_the_rates_of_a_preset_are_ten_times_as_large(monkeypatch):
+    seen = configurations(monkeypatch)
+    for more in ([], ["--lora-rank", "32"], ["--lora-rank", "32", "--lr", "3e-5"]):
+        sasr.main(["--preset", "gsm8k", *more])
+    rates = [[config.warmup_lr, config.sft_lr, config.lr] for config in seen]
+    assert rates == [[1e-5, 1e-5, 1e-6], [1e-4, 1e-4, pytest.approx(1e-5)], [1e-4, 1e-4, 3e-5]]
+
+
 def test_without_a_preset_the_defaults_hold(monkeypatch):
     seen = configurations(monkeypatch)
     sasr.main([])

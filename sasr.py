@@ -42,6 +42,7 @@ Where the paper is silent or we depart from it:
     distribution, up to the rounding of the sampler's bf16 copy on CUDA (`sampler_gap` in the metrics).
 
 From the loop down: configuration; the loop; who decides; SFT; GRPO; mixed steps (SASR has none); one update; optimizer.
+What `parallel` does is for several processes (`run/parallel.py`); to one it means nothing.
 """
 
 import contextlib

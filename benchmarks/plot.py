@@ -106,7 +106,8 @@ def picture(runs: list[Path], width: int):
     for axis in (rewards, groups, completions):
         axis.set_ylim(0, 1)
     lowest, highest = rewards.dataLim.intervaly
-    rewards.set_ylim(min(0, lowest), max(1, highest))
+    margin = 0.05 * (max(1, highest) - min(0, lowest))  # so that no dot lies on the frame
+    rewards.set_ylim(min(0, lowest - margin), max(1, highest))
     accuracy.set_ylim(0, 100)
     for axis in axes[-1]:
         axis.set_xlabel("step (warm-up shaded)")

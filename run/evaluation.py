@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from baselines import Group
-from data import Grade
+from data import Example, Grade
 from data.batch import Batch, rng_for
 from data.tokenized import TokenizedTask
 from model import Transformer, completion_hidden
@@ -56,12 +56,15 @@ def evaluate_task(trainer, tokenized: TokenizedTask, split: str) -> tuple[dict[s
         sampled = draw_answers(trainer, tokenized, params, config.eval_samples)
         answers = [first + more for first, more in zip(answers, sampled, strict=True)]
     examples, wrong = tokenized.evaluated[: config.eval_examples], Grade(0.0, correct=False, well_formed=False)
-    asked = [(example, prompt is not None) for example, prompt in zip(examples, tokenized.eval_prompts, strict=False)]
+
+    def graded(some: list[tuple[Example, bool, list[str]]]) -> list[list[Grade]]:
+        """Of examples, whether their prompts fit, and their answers."""
+        grade = tokenized.source.grade
+        return [[grade(text, example) if fits else wrong for text in texts] for example, fits, texts in some]
+
+    fits = [prompt is not None for prompt in tokenized.eval_prompts[: config.eval_examples]]
     texts_of = [trainer.codec.decode(completions) for completions in answers]
-    grades = parallel.in_shares(
-        lambda some: [[tokenized.source.grade(t, e) if fits else wrong for t in texts] for (e, fits), texts in some],
-        list(zip(asked, texts_of, strict=True)),
-    )
+    grades = parallel.in_shares(graded, list(zip(examples, fits, texts_of, strict=True)))
     for index, (example, texts) in enumerate(zip(examples, texts_of, strict=True)):
         for sample, (text, grade) in enumerate(zip(texts, grades[index], strict=True)):
             answer = {"split": split, "index": index, "sample": sample, "prompt": example.prompt}

@@ -594,13 +594,14 @@ def test_an_evaluation_that_fails_loses_no_step(tmp_path, monkeypatch, whole):
     assert lines(tmp_path / "x") == lines(whole)
 
 
-def test_a_terminal_that_closes_stops_a_run_unless_it_was_told_not_to(monkeypatch):
-    with Interrupt() as interrupt:
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)  # it may come twice
-    assert interrupt.signal == signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+def test_a_terminal_that_closes_stops_a_run_unless_it_was_told_not_to():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # it may come twice
+        assert interrupt.signal == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
         with Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.signal == 0

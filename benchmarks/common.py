@@ -56,13 +56,13 @@ def failure(error: Exception) -> dict:
     return {"error": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]}
 
 
-def in_child(script: str, *request) -> dict:
+def in_child(script: str, *request, launcher: tuple[str, ...] = (), environment: dict | None = None) -> dict:
     """What `answer` gives for this request, in a process of its own; its other output appears as it comes.
 
-    Where it fails, the row is {"error": what happened}.
+    launcher: a module of Python that starts it, with its flags. Where it fails, the row is {"error": what happened}.
     """
-    command = [sys.executable, script, "--child", json.dumps(request)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+    command = [sys.executable, *launcher, script, "--child", json.dumps(request)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False, env=environment)
     if done.returncode:
         return {"error": f"its process ended with code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])

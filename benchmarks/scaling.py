@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -32,14 +30,14 @@ if sys.path[1] == str(Path(__file__).resolve().parent):  # Python put it there: 
 import torch
 
 import sasr
-from benchmarks.common import about, add_device_flag, chosen_device, emit, say
+from benchmarks.common import about, add_device_flag, answer, chosen_device, emit, in_child, say
 from benchmarks.step import now, timed
 from run import parallel
 
 PROMPTS, GROUP = 16, 8
 
 
-def measure(request: dict) -> dict | None:
+def measure(request: dict) -> dict:
     """Of one process of several: medians over steps, the first of which is not counted."""
     parallel.join()
     flags = {key: request[key] for key in ("model", "device", "shard") if request[key]}
@@ -71,32 +69,19 @@ def measure(request: dict) -> dict | None:
             taken.append({"step": now() - started} | {name: phases[name] - before.get(name, 0.0) for name in phases})
     row = {name: statistics.median(step.get(name, 0.0) for step in taken[1:]) for name in taken[-1]}
     row["bytes"] = 4 * sum(p.numel() for _, p in trainer.model.trained_parameters())
-    return row | link_rate(row["bytes"], trainer.device)
+    return row | {"all_reduce": all_reduce_seconds(row["bytes"], trainer.device)}
 
 
-def link_rate(size: int, device: torch.device) -> dict:
-    """Seconds of an all-reduce of so many bytes, and bytes a second."""
+def all_reduce_seconds(size: int, device: torch.device) -> float:
+    """Of so many bytes; 0 for one process."""
     if parallel.RANKS == 1:
-        return {"all_reduce": 0.0}
+        return 0.0
     flat, seconds = torch.zeros(size // 4, device=device), []
     for _ in range(6):
         started = now()
         parallel.add_up([flat])
         seconds.append(now() - started)
-    return {"all_reduce": statistics.median(seconds[1:])}
-
-
-def launched(ranks: int, request: dict) -> dict:
-    """The row of rank 0."""
-    alone = (
-        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    )
-    command = [*alone, __file__, "--child", json.dumps(request)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"])}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False)
-    if done.returncode:
-        return {"error": f"its processes ended with code {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    return statistics.median(seconds[1:])
 
 
 def main() -> int:
@@ -110,10 +95,7 @@ def main() -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        row = measure(json.loads(args.child))
-        if parallel.RANK == 0:
-            emit(row)
-        return parallel.leave(0)
+        return parallel.leave(answer(measure, args.child))  # rank 0 alone is heard
     device = chosen_device(args.device)
     threads = max(1, (os.cpu_count() or 1) // max(args.ranks))
     begin, failed = about("scaling", device), False
@@ -128,7 +110,9 @@ def main() -> int:
         first = None
         for ranks in args.ranks:
             more = {"grows": grows, "threads": threads, "shard": args.shard and ranks > 1}
-            row = launched(ranks, request | more)
+            launcher = () if ranks == 1 else ("-m", "torch.distributed.run", f"--nproc-per-node={ranks}")
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            row = in_child(__file__, request | more, launcher=launcher, environment=environment)
             emit(begin | request | more | {"ranks": ranks} | row)
             if "error" in row:
                 failed = True

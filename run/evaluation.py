@@ -106,7 +106,7 @@ def kl_to_reference(model: Transformer, reference: Transformer, batch: Batch, ma
             with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
                 hidden, ref_hidden = completion_hidden(model, micro), completion_hidden(reference, micro)
                 total += kernels.exact_kl(hidden, model.head, ref_hidden, reference.head).sum().item()
-    return parallel.combine({"kl": total})["kl"] / max(tokens, 1)
+    return sum(parallel.gather(total)) / max(tokens, 1)
 
 
 def kl_of_samples(trainer, groups: list[Group]) -> float:

@@ -6,7 +6,7 @@
 
 Of runs: warm-up is shaded; dots are single steps, lines are running means (over as many dots as --smooth says). The
 dotted line is G_warmup, the yardstick of p_t, where the run has ended and left a summary. Of the study: lines are means
-over seeds, bands their 95% intervals, and steps are counted from the end of the warm-up.
+over seeds, bands their 95% intervals, and steps (and points gained) are counted from the end of the warm-up.
 """
 
 from __future__ import annotations
@@ -134,16 +134,18 @@ def decisions(line: dict) -> Curve:
     return {end: statistics.mean(line["p"][end - width : end]) for end in range(width, len(line["p"]) + 1, width)}
 
 
-def percent(values: Curve) -> Curve:
-    return {step: 100 * value for step, value in values.items()}
+def gain(values: Curve) -> Curve:
+    """In points, since the warm-up's end: seeds differ by more there than methods do later."""
+    return {step: 100 * (value - values[0]) for step, value in values.items()}
 
 
+NORM = "gradient norm of the SFT loss"
 PANELS = {
-    "accuracy in domain, %": lambda line: percent(curve(line, "eval/accuracy")),
-    "accuracy on wider claims, %": lambda line: percent(curve(line, "eval/accuracy_ood")),
-    "accuracy on nested claims, %": lambda line: percent(curve(line, "eval/accuracy_ood2")),
+    "accuracy in domain, points gained": lambda line: gain(curve(line, "eval/accuracy")),
+    "accuracy on wider claims, points gained": lambda line: gain(curve(line, "eval/accuracy_ood")),
+    "accuracy on nested claims, points gained": lambda line: gain(curve(line, "eval/accuracy_ood2")),
     "p_t; of a mixture, the share of SFT": decisions,
-    "gradient norm of the SFT loss": lambda line: curve(line, "sft/grad_norm", "mixed/grad_norm_sft"),
+    NORM: lambda line: curve(line, "sft/grad_norm", "mixed/grad_norm_sft"),
     "mean reward of the samples": lambda line: curve(line, "grpo/reward_mean", "mixed/reward_mean"),
     "entropy of the samples, nats a token": lambda line: curve(line, "grpo/entropy", "mixed/entropy"),
     "tokens of a sample": lambda line: curve(line, "grpo/completion_length", "mixed/completion_length"),
@@ -156,18 +158,21 @@ def study(stage: str, names: str | None = None):
     groups = findings.results(stage)
     if missing := sorted(set(names.split(",") if names else ()) - set(groups)):
         raise ValueError(f"--methods {missing[0]}: stage {stage} has {', '.join(groups) or 'no run yet'}")
-    groups = {name: groups[name] for name in (names.split(",") if names else groups)}
     if not groups:
         raise ValueError(f"--stage {stage}: no run is in: python benchmarks/methods.py {stage}")
     figure, axes = plt.subplots(3, 3, figsize=(13, 10), sharex=True, constrained_layout=True)
     colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
+    colour_of = {name: colours[index % len(colours)] for index, name in enumerate(groups)}  # in every picture the same
     for (title, measure), axis in zip(PANELS.items(), axes.flat, strict=True):
-        for index, (name, lines) in enumerate(groups.items()):
-            band(axis, [measure(line) for line in lines], colours[index % len(colours)], name)
+        for name in names.split(",") if names else groups:
+            band(axis, [measure(line) for line in groups[name]], colour_of[name], name)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured in this stage", transform=axis.transAxes, ha="center", color="0.5")
+        if title == NORM and axis.lines:
+            axis.set_yscale("log")
+            axis.set_ylim(bottom=min(min(line.get_ydata()) for line in axis.lines) / 2)  # a band may reach below 0
     for axis in axes[-1]:
         axis.set_xlabel("step after the warm-up")
     handles = {line.get_label(): line for axis in axes.flat for line in axis.lines}

@@ -604,4 +604,5 @@ def test_findings_and_a_picture_of_a_study(tiny_study, tmp_path, capsys):
         plot.main(["--out", str(picture)])
     sft, parallel = findings.results("A")["sft"][0], findings.results("A")["parallel"][0]
     assert plot.decisions(sft) == {}  # three steps are no window
+    assert plot.gain({0: 0.25, 50: 0.5}) == {0: 0, 50: 25}
     assert plot.curve(parallel, "sft/loss", "mixed/loss") == {8: pytest.approx(parallel["curves"]["mixed/loss"][0][1])}

@@ -135,8 +135,8 @@ def decisions(line: dict) -> Curve:
 
 
 def gain(values: Curve) -> Curve:
-    """In points, since the warm-up's end: seeds differ by more there than methods do later."""
-    return {step: 100 * (value - values[0]) for step, value in values.items()}
+    """In points, since the first evaluation, at the warm-up's end: seeds differ by more there than methods do later."""
+    return {step: 100 * (value - values[min(values)]) for step, value in values.items()}
 
 
 NORM = "gradient norm of the SFT loss"
@@ -156,7 +156,8 @@ PANELS = {
 def study(stage: str, names: str | None = None):
     """Every method of a stage in one colour, over the adaptive steps."""
     groups = findings.results(stage)
-    if missing := sorted(set(names.split(",") if names else ()) - set(groups)):
+    shown = names.split(",") if names else list(groups)
+    if missing := sorted(set(shown) - set(groups)):
         raise ValueError(f"--methods {missing[0]}: stage {stage} has {', '.join(groups) or 'no run yet'}")
     if not groups:
         raise ValueError(f"--stage {stage}: no run is in: python benchmarks/methods.py {stage}")
@@ -164,7 +165,7 @@ def study(stage: str, names: str | None = None):
     colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
     colour_of = {name: colours[index % len(colours)] for index, name in enumerate(groups)}  # in every picture the same
     for (title, measure), axis in zip(PANELS.items(), axes.flat, strict=True):
-        for name in names.split(",") if names else groups:
+        for name in shown:
             band(axis, [measure(line) for line in groups[name]], colour_of[name], name)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)

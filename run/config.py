@@ -263,9 +263,8 @@ PRESETS = {
     | {"task": "knights-knaves:format=logic-rl", "data": "records/knights_knaves"}
     # Logic-RL (arXiv 2502.14768), as is the reward; it allows 4096 tokens, and the demonstrations need a tenth or two
     | {"model": "Qwen/Qwen2.5-0.5B-Instruct", "max_new_tokens": 1024, "lr": 4e-7, "temperature": 0.7, "group_size": 8}
-    | {
-        "warmup_steps": 30
-    },  # after 240 demonstrations SmolLM2's SFT loss had fallen from 1.38 to 0.04, and fell no more
+    # After 240 demonstrations SmolLM2's SFT loss had fallen from 1.38 to 0.04, and fell no more
+    | {"warmup_steps": 30},
 }
 PRESETS["smollm2"] = (  # an hour on two cores: benchmarks/README.md has what came of it
     PRESETS["kk"]

@@ -79,7 +79,7 @@ from run.setup import Setup, strictly_deterministic
 class Config(BaselineConfig):
     """SASR's fields; those of other methods and of any run are inherited. A field is a flag, `group` begins a group."""
 
-    warmup_steps: int = option(250, "SFT steps before the adaptive stage", group="how long")
+    warmup_steps: int = option(100, "SFT steps before the adaptive stage", group="how long")
     steps: int = resumable(500, "steps of the adaptive stage, counted from its beginning also on --resume")
 
     controller: str = adaptive("sasr", "how to mix them", choices=["sasr", *SCHEDULES, *METHODS], group="SFT or GRPO")
@@ -96,7 +96,7 @@ class Config(BaselineConfig):
     sft_batch_size: int = option(32, "demonstrations per SFT step", low=1, group="SFT")
     sft_loss: str = option("nll", "weight of a token: 1; dft: its probability p; phi: p (1 - p)", choices="nll dft phi")
 
-    prompts_per_step: int = adaptive(8, "prompts per GRPO step", low=1, group="GRPO")
+    prompts_per_step: int = adaptive(16, "prompts per GRPO step", low=1, group="GRPO")
     group_size: int = adaptive(8, "completions per prompt", low=1)
     demonstrated_share: float = adaptive(-1.0, "share of prompts with demonstrations; -1: as they come", low=-1, high=1)
     resample_groups: int = adaptive(0, "times to draw other prompts for groups whose rewards agree (DAPO: 2503.14476)")
@@ -114,11 +114,11 @@ class Config(BaselineConfig):
     inner_updates: int = adaptive(1, "optimizer steps per rollout", low=1)
 
     warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", group="the optimizer (AdamW)")
-    lr: float = adaptive(5e-4, "peak learning rate of the adaptive stage")
-    sft_lr: float = adaptive(0.0, "peak rate of SFT steps after the warm-up; 0: --lr, as mixed steps have")
+    lr: float = adaptive(5e-5, "peak learning rate of the adaptive stage")
+    sft_lr: float = adaptive(1e-3, "peak rate of SFT steps after the warm-up; 0: --lr, as mixed steps have")
     lr_schedule: str = resumable("wsd", "cosine falls in each stage; wsd at the end", choices="constant cosine wsd")
     lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins")
-    decay_fraction: float = resumable(0.5, "wsd: share of --steps over which the rate falls; 0: it never does", high=1)
+    decay_fraction: float = resumable(0.3, "wsd: share of --steps over which the rate falls; 0: it never does", high=1)
     weight_decay: float = option(0.1, "AdamW's, on matrices")
     beta1: float = option(0.9, "AdamW's decay of the mean", high=0.999999)
     beta2: float = option(0.98, "AdamW's decay of the square", high=0.999999)

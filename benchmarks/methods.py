@@ -271,11 +271,26 @@ def transfer(lines: Lines) -> list[Job]:
 
 
 def others(lines: Lines) -> list[Job]:
-    """I: the other methods, at the rates of the nearest of the test. Exploratory."""
+    """I: the other methods, at the rates of the nearest of the test, beside SASR's runs of D. Exploratory."""
     nearest = {"relift": "sasr", "parallel": "chord-mu", "chord-phi": "chord-mu", "chord-reward": "chord-mu"}
     nearest |= dict.fromkeys(("rft", "luffy", "srft", "uft"), "hpt")
-    methods = {name: RATES[like] for name, like in nearest.items()}
-    return [job for seed in TEST[:2] for job in side_by_side("I", seed, MAIN | CLOSELY, methods, lines)]
+    planned = {"D": methods_of("sasr"), "I": {name: RATES[like] for name, like in nearest.items()}}
+    return [
+        job
+        for seed in TEST[:2]
+        for stage, methods in planned.items()
+        for job in side_by_side(stage, seed, MAIN | CLOSELY, methods, lines)
+    ]
+
+
+# What sasr.py does of itself: a shorter warm-up, after which there is as much left to copy as to practise.
+DEFAULT = MAIN | {"warmup_steps": 100}
+
+
+def of_default(lines: Lines) -> list[Job]:
+    """The default of sasr.py on seeds of its own, and its parts alone from the same warm-up, at the same rates."""
+    flags = [{"controller": name, "steps": 500, "lr": 5e-5, "sft_lr": 1e-3} for name in ("sasr", "sft", "grpo")]
+    return [Job("default", of["controller"], seed, of, DEFAULT) for seed in range(16, 24) for of in flags]
 
 
 STAGES: dict[str, Callable[[Lines], list[Job]]] = {
@@ -284,7 +299,7 @@ STAGES: dict[str, Callable[[Lines], list[Job]]] = {
     "B": open_questions,
     "D": main_setting,
 }
-STAGES |= {"E": amounts, "F": another_task, "G": bad_data, "H": transfer, "I": others}
+STAGES |= {"E": amounts, "F": another_task, "G": bad_data, "H": transfer, "I": others, "default": of_default}
 
 
 # ----------------------------------------------------------------------------- running

@@ -24,6 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import findings
 from benchmarks.compare import interval, read_metrics
@@ -55,6 +56,14 @@ def draw(axis, records: list[dict], key: str, label: str, colour, width: int, ki
     if len(steps):
         axis.plot(steps, values, ".", markersize=2.5, alpha=0.3, color=colour)
         axis.plot(steps, smooth(values, width), style, color=colour, label=label)
+
+
+def log_scale(axis) -> None:
+    """With plain numbers beside it."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def picture(runs: list[Path], width: int):
@@ -102,7 +111,7 @@ def picture(runs: list[Path], width: int):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     decision.set_ylim(0, 1)
-    norms.set_yscale("log")
+    log_scale(norms)
     for axis in (rewards, groups, completions):
         axis.set_ylim(0, 1)
     lowest, highest = rewards.dataLim.intervaly
@@ -172,7 +181,7 @@ def study(stage: str, names: str | None = None):
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured in this stage", transform=axis.transAxes, ha="center", color="0.5")
         if title == NORM and axis.lines:
-            axis.set_yscale("log")
+            log_scale(axis)
             axis.set_ylim(bottom=min(min(line.get_ydata()) for line in axis.lines) / 2)  # a band may reach below 0
     for axis in axes[-1]:
         axis.set_xlabel("step after the warm-up")

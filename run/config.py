@@ -45,7 +45,9 @@ adaptive = partial(option, adaptive=True)
 class RunConfig:
     """What any run depends on, whatever the method."""
 
-    task: str = option("knights-knaves", "NAME[:key=value,...], as in countdown:numbers=4", group="what to learn")
+    task: str = option(
+        "knights-knaves:demonstrations=200", "NAME[:key=value,...], as in countdown:numbers=4", group="what to learn"
+    )
     data: str = resumable("", "folder with train.jsonl and test.jsonl (or .json) of the task ('': generate it)")
     skip_bad_lines: bool = option(False, "leave out records of --data that cannot be read, and say how many")
     verifier: str = option(
@@ -245,14 +247,16 @@ def in_order(config_class: type[RunConfig]) -> list[dataclasses.Field]:
 # rates of a preset are ten times as large, as published studies found (thinkingmachines.ai/blog/lora).
 PRETRAINED = (
     {"prompt_format": "chat", "ood_task": "none", "gradient_checkpointing": True, "warmup_steps": 100, "steps": 500}
-    | {"sft_batch_size": 32, "warmup_lr": 1e-5, "sft_lr": 1e-5, "eval_every": 100, "eval_examples": 10_000}
+    | {"sft_batch_size": 32, "prompts_per_step": 8, "warmup_lr": 1e-5, "sft_lr": 1e-5, "decay_fraction": 0.5}
+    | {"eval_every": 100, "eval_examples": 10_000}
     # verl, examples/grpo_trainer on GSM8K and MATH
     | {"lr": 1e-6, "kl_coef": 0.001, "clip_low": 0.2, "clip_high": 0.2, "max_grad_norm": 1.0}
     | {"beta2": 0.999, "weight_decay": 0.01}  # PyTorch's own beta, which most recipes keep
 )
 PRESETS = {
     "kk-tiny": {},  # the default: all values are those of Config, found on the generated puzzles themselves
-    "countdown-tiny": {"task": "countdown"},
+    "countdown-tiny": {"task": "countdown", "warmup_steps": 250, "prompts_per_step": 8, "lr": 5e-4, "sft_lr": 0.0}
+    | {"decay_fraction": 0.5},
     "gsm8k": PRETRAINED
     | {"task": "gsm8k", "data": "records/gsm8k", "model": "Qwen/Qwen2.5-0.5B"}
     | {"max_prompt_tokens": 512, "max_new_tokens": 512},  # verl
@@ -291,6 +295,8 @@ def parse_command_line(config_class: type[RunConfig], argv: list[str] | None) ->
         preset = PRESETS[values.pop("preset", "kk-tiny")]
         if values.get("lora_rank") or values.get("adapter"):
             preset = preset | {rate: 10 * preset[rate] for rate in ("warmup_lr", "sft_lr", "lr") if rate in preset}
+        if values.get("data"):  # has demonstrations of its own
+            preset = {"task": "knights-knaves"} | preset
         return mode, preset | values
     if "preset" in values:
         raise ValueError(f"--preset {values['preset']}: a resumed run keeps its values; name the flags to change")

@@ -1,6 +1,7 @@
 """What the user sees: the headline, the progress line, the tables at the end, and where a result came from."""
 
 import contextlib
+import json
 import math
 import platform
 import shutil
@@ -138,6 +139,8 @@ def closing_table(summary: dict) -> str:
     dropped, failed = summary["bad_steps"], summary["reward_failures"]
     if dropped or failed:
         lines += ["", f"steps dropped: {dropped}; completions for which the verifier failed: {failed}"]
+    if summary["study"]:
+        lines += ["", summary["study"]]
     lines += ["", *score_table(summary["scores"], "final evaluation"), f"written to {summary['out']}"]
     if summary["diagnosis"]:
         lines += ["", "what looks wrong (means are over the last quarter of the steps with samples)"]
@@ -196,6 +199,22 @@ def score_table(scores: dict[str, float], title: str) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+STUDY = Path(__file__).resolve().parents[1] / "benchmarks/results/methods.jsonl"
+ASIDE = ("seed", "out", "device", "ood_task", "save_every")  # and all of evaluation: they leave training as it is
+
+
+def published_means(config: RunConfig) -> str:
+    """Mean accuracies of the study's runs of the default, if this is such a run, and of those beside them; or ""."""
+    lines = map(json.loads, STUDY.read_text(encoding="utf-8").splitlines()) if STUDY.is_file() else ()
+    ends, like_this = {}, False
+    for line in (line for line in lines if line["stage"] == "default"):
+        training = [key for key in line["config"] if key not in ASIDE and not key.startswith("eval_")]
+        like_this |= all(getattr(config, key, None) == line["config"][key] for key in training)
+        ends.setdefault(line["name"], []).append(line["summary"]["accuracy_final"])
+    means = ", ".join(f"{name} {sum(end) / len(end):.1%} ({len(end)})" for name, end in ends.items())
+    return f"in the study, mean of (seeds): {means}" if like_this else ""
+
+
 def summarise(trainer, out: Path) -> dict:
     """What OUT/summary.json holds."""
     config, state = trainer.config, trainer.state
@@ -204,6 +223,7 @@ def summarise(trainer, out: Path) -> dict:
         | {name: getattr(config, name) for name in ("controller", "task", "verifier", "seed", "warmup_steps")}
         | {name: getattr(state, name) for name in ("sft_steps", "grpo_steps", "bad_steps", "reward_failures", "scores")}
         | {"config_hash": config.hash(), "g_warmup": trainer.controller.g_warmup, "out": str(out)}
+        | {"study": published_means(config)}
         | {"grpo_skipped": state.grpo_skipped, "mixed_steps": state.mixed_steps, "signal": config.signal}
         | {"seconds": sum(state.seconds.values()), **{f"seconds_{kind}": s for kind, s in state.seconds.items()}}
         | provenance(trainer.device)

@@ -471,7 +471,8 @@ def test_the_stage_of_rates_tunes_every_method_equally_often():
         sasr.Config(**job.flags)
 
 
-RUNS_OF = {"A": 42, "A2": 30, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "I": 16}
+RUNS_OF = {"A": 42, "A2": 30, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "default": 24}
+RUNS_OF["I"] = 16 + 2  # of D, to compare with
 
 
 @pytest.mark.parametrize(("stage", "runs"), RUNS_OF.items())
@@ -498,6 +499,14 @@ def test_a_stage_plans_runs_that_differ_and_whose_flags_are_valid(stage, runs):
     assert any(developed) == (stage in ("A", "A2", "B", "F"))
     if stage == "F":  # where the higher rate was the better one
         assert {job.adaptive["lr"] for job in jobs if job.name == "grpo"} == {3 * methods.RATES["grpo"]["lr"]}
+
+
+def test_the_stage_of_the_default_runs_the_default():
+    for job in methods.STAGES["default"]({}):
+        aside = {
+            key: job.flags[key] for key in ("seed", "device", "ood_task", "eval_every", "save_every", "controller")
+        }
+        assert sasr.Config(**job.flags) == sasr.Config(**aside)
 
 
 def test_means_over_windows_by_hand():

@@ -615,7 +615,7 @@ def test_without_a_preset_the_defaults_hold(monkeypatch):
     sasr.main([])
     sasr.main(["--preset", "kk-tiny"])
     sasr.main(["--preset", "countdown-tiny"])
-    assert seen == [Config(), Config(), Config(task="countdown")]
+    assert seen == [Config(), Config(), Config(**PRESETS["countdown-tiny"])]
 
 
 def test_a_preset_takes_a_step_on_ones_own_folder_and_model(checkpoint, tmp_path, capsys):

@@ -503,10 +503,8 @@ def test_a_stage_plans_runs_that_differ_and_whose_flags_are_valid(stage, runs):
 
 def test_the_stage_of_the_default_runs_the_default():
     for job in methods.STAGES["default"]({}):
-        aside = {
-            key: job.flags[key] for key in ("seed", "device", "ood_task", "eval_every", "save_every", "controller")
-        }
-        assert sasr.Config(**job.flags) == sasr.Config(**aside)
+        aside = ("seed", "device", "ood_task", "eval_every", "save_every", "controller")
+        assert sasr.Config(**job.flags) == sasr.Config(**{key: job.flags[key] for key in aside})
 
 
 def test_means_over_windows_by_hand():

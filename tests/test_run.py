@@ -783,14 +783,14 @@ def test_importing_the_algorithm_has_no_side_effect(tmp_path):
 
 
 @pytest.mark.nightly
-def test_the_default_job_learns_after_the_warmup(tmp_path):
-    """At least half of the points that it gains on average, for a seed that the README does not show. Minutes long."""
+def test_the_default_job_learns_at_least_ten_points_after_the_warmup(tmp_path):
+    """What the README shows, for a seed that it does not show. Minutes long."""
     line = [sys.executable, str(ROOT / "sasr.py"), "--seed", "3", "--out", str(tmp_path / "x")]
     subprocess.run(line, check=True)
     summary = json.loads((tmp_path / "x/summary.json").read_text())
     assert summary["accuracy_before"] < 0.05
-    assert summary["accuracy_final"] >= summary["accuracy_warmup"] + 0.05
-    assert summary["accuracy_final_ood"] > summary["accuracy_warmup_ood"]
+    assert summary["accuracy_final"] >= summary["accuracy_warmup"] + 0.1
+    assert summary["accuracy_final_ood"] >= summary["accuracy_warmup_ood"] + 0.05
     assert min(summary["sft_steps"], summary["grpo_steps"]) > 0
 
 

@@ -2,7 +2,7 @@
 # What a card has to say about this repository in nine minutes, without a network: first whether it works, then how fast.
 #
 #     bash benchmarks/gpu.sh                      # PYTHON=... names another interpreter
-#     bash benchmarks/gpu.sh --peers              # a second call: beside the peers, and the larger model
+#     bash benchmarks/gpu.sh --peers              # a second call: beside the peers
 #     GPU_SH_DEVICE=cpu bash benchmarks/gpu.sh    # a rehearsal at tiny size, limits four times as long; no figures
 #
 # Each part has a limit in seconds, and all of them GPU_SH_SECONDS together (default 540). Everything that is said goes to
@@ -24,9 +24,9 @@ python=${PYTHON:-python3}
 device=${GPU_SH_DEVICE:-cuda}
 budget=${GPU_SH_SECONDS:-540}
 if [ "$device" = cpu ]; then
-  card=cpu shape=tiny large=tiny patience=4 # times the limit of each part
+  card=cpu shape=tiny patience=4 # times the limit of each part
 else
-  shape=0.5b large=1.5b patience=1
+  shape=0.5b patience=1
   card=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>&1) || {
     echo "gpu.sh: $python sees no CUDA device: ${card##*$'\n'}" >&2
     exit 2
@@ -55,11 +55,10 @@ tests() { # NAME SECONDS ARGUMENTS...
 }
 
 if [ "$peers" ]; then
-  bench rollout 150 rollout --shapes "$shape" --repeats 1
-  bench step 100 step --shapes "$shape" --steps 3
-  bench memory 130 memory --shapes "$shape" "$large"
-  bench rollout-large 80 rollout --shapes "$large" --repeats 1
-  bench kernels "$budget" kernels
+  bench kernels 90 kernels
+  bench step 90 step --shapes "$shape" --steps 3
+  bench memory 130 memory --shapes "$shape"
+  bench rollout "$budget" rollout --shapes "$shape" --repeats 1
 else
   # Does it work?
   bench attention 30 smoke versions attention

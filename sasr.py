@@ -114,8 +114,8 @@ class Config(BaselineConfig):
     inner_updates: int = adaptive(1, "optimizer steps per rollout", low=1)
 
     warmup_lr: float = option(1e-3, "peak learning rate of the warm-up stage", group="the optimizer (AdamW)")
-    lr: float = adaptive(5e-5, "peak learning rate of the adaptive stage")
-    sft_lr: float = adaptive(1e-3, "peak rate of SFT steps after the warm-up; 0: --lr, as mixed steps have")
+    lr: float = adaptive(5e-5, "peak rate of GRPO and mixed steps")
+    sft_lr: float = adaptive(1e-3, "peak rate of SFT steps after the warm-up; 0: the same as --lr")
     lr_schedule: str = resumable("wsd", "cosine falls in each stage; wsd at the end", choices="constant cosine wsd")
     lr_warmup_steps: int = option(20, "steps over which the rate rises from 0 when a stage begins")
     decay_fraction: float = resumable(0.3, "wsd: share of --steps over which the rate falls; 0: it never does", high=1)

@@ -3,8 +3,8 @@
     python benchmarks/findings.py D        # a stage: a table, differences, a JSON line
     python benchmarks/findings.py signs    # does what SFT looks like early in a run predict where the run ends?
 
-Only lines of the runs that methods.py plans count. An interval is Student's t over seeds, 95%: what another seed would
-bring. One comparison was written down before any of its runs, PRIMARY; the others describe, and prove nothing.
+Only lines of the runs that methods.py plans count. An interval is Student's t, 95%, of the mean over seeds. One
+comparison was written down before any of its runs, PRIMARY; the others describe, and prove nothing.
 """
 
 from __future__ import annotations
@@ -41,22 +41,27 @@ def results(stage: str) -> dict[str, list[dict]]:
 
 
 def figures(line: dict) -> dict[str, float]:
-    """Accuracies in percent, from more examples where the run was sampled; what it took; its share of SFT."""
+    """In percent: accuracies, from more examples where the run was sampled, and the share of SFT; what the run took."""
     summary = line["summary"]
-    warmup = line.get("sampled_warmup") or {"accuracy": summary["accuracy_warmup"]}
-    final = line.get("sampled_final") or {"accuracy": summary["accuracy_final"]}
-    shares = {"warm-up": warmup["accuracy"], "end": final["accuracy"], "gain": final["accuracy"] - warmup["accuracy"]}
-    for label, key in (
-        ("pass@1", "pass@1"),
-        ("pass@8", "pass@8"),
-        ("wider", "accuracy_ood"),
-        ("nested", "accuracy_ood2"),
-    ):
-        shares |= {label: final[key]} if key in final else {}
+    found = accuracies(line.get("sampled_final") or {"accuracy": summary["accuracy_final"]})
+    before = accuracies(line.get("sampled_warmup") or {"accuracy": summary["accuracy_warmup"]})
+    found |= {f"{label} before": share for label, share in before.items()}
+    found["gain"] = found["end"] - before["end"]
     _, passes, trained, of_sft = map(sum, zip((0.0,) * 4, *work(line), strict=True))
-    shares |= {"SFT": of_sft / trained} if trained else {}
+    found |= {"SFT": 100 * of_sft / trained} if trained else {}
     minutes = (summary["seconds"] - summary["seconds_eval"] - summary["seconds_warmup"]) / 60
-    return {label: 100 * share for label, share in shares.items()} | {"passes": passes / 1e6, "minutes": minutes}
+    return found | {"passes": passes / 1e6, "minutes": minutes}
+
+
+def accuracies(scores: dict) -> dict[str, float]:
+    keys = {
+        "end": "accuracy",
+        "pass@1": "pass@1",
+        "pass@8": "pass@8",
+        "wider": "accuracy_ood",
+        "nested": "accuracy_ood2",
+    }
+    return {label: 100 * scores[key] for label, key in keys.items() if key in scores}
 
 
 def work(line: dict) -> list[tuple[float, float, float, float]]:
@@ -90,12 +95,6 @@ def accuracy_after(line: dict, passes: float) -> float:
 # ----------------------------------------------------------------------------- statistics
 
 
-def paired(some: list[dict], others: list[dict], label: str) -> list[float]:
-    """Differences of a figure between runs with the same seed."""
-    by_seed = {line["seed"]: figures(line)[label] for line in others}
-    return [figures(line)[label] - by_seed[line["seed"]] for line in some if line["seed"] in by_seed]
-
-
 def sign_flip(differences: list[float]) -> float:
     """Two-sided p, exact: how often the mean is as far from 0 if each difference could as well have the other sign."""
     observed = abs(sum(differences)) - 1e-9
@@ -116,24 +115,44 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 # ----------------------------------------------------------------------------- tables
 
-COLUMNS = {"gain": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "nested": 1, "SFT": 0}  # with their digits
-COLUMNS |= {"passes": 1, "minutes": 1}
+COLUMNS = {"gain": 1, "least": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "nested": 1}  # with their digits
+COLUMNS |= {"SFT": 0, "passes": 1, "minutes": 1}
 BASES = {"B": "as in A", "H": "warmed up on knights and knaves"}  # what others are compared with; elsewhere SASR
+WARMED_UP = "after the warm-up"
 
 
-def means(groups: dict[str, list[dict]]) -> dict[str, dict]:
-    """By name: the seeds; mean, interval and worst seed of `end`; the mean of each other figure. Shares in percent.
+def by_seed(groups: dict[str, list[dict]], stage: str) -> dict[str, dict[int, dict[str, float]]]:
+    """Figures by name and seed; also where a base began.
 
     `equal`: accuracy on the curve at the work of the method that did least.
     """
-    found = {}
-    least = 1e6 * min(statistics.mean(figures(line)["passes"] for line in lines) for lines in groups.values())
+    found = {name: {line["seed"]: figures(line) for line in lines} for name, lines in groups.items()}
+    least = 1e6 * min(statistics.mean(of["passes"] for of in each.values()) for each in found.values())
     for name, lines in groups.items():
-        each = [figures(line) | {"equal": accuracy_after(line, least)} for line in lines]
-        ends = [of["end"] for of in each]
-        found[name] = {"seeds": len(lines), "end": statistics.mean(ends), "half": interval(ends), "worst": min(ends)}
-        found[name] |= {label: statistics.mean(of[label] for of in each) for label in COLUMNS if label in each[0]}
+        for line in lines:
+            found[name][line["seed"]]["equal"] = accuracy_after(line, least)
+    for base in dict.fromkeys(base_of(name, stage) for name in groups if base_of(name, stage) in groups):
+        found[WARMED_UP + base.removeprefix("sasr")] = {
+            seed: {label.removesuffix(" before"): of[label] for label in of if label.endswith(" before")}
+            for seed, of in found[base].items()
+        }
     return found
+
+
+def base_of(name: str, stage: str) -> str:
+    return BASES.get(stage, "sasr" + name[name.index(" of ") :] if " of " in name else "sasr")
+
+
+def means(found: dict[str, dict[int, dict]]) -> dict[str, dict]:
+    """By name: the seeds; mean, interval and worst seed of `end`; `least` gain; the mean of each other figure."""
+    rows = {}
+    for name, of_seed in found.items():
+        each = list(of_seed.values())
+        ends = [of["end"] for of in each]
+        rows[name] = {"seeds": len(each), "end": statistics.mean(ends), "half": interval(ends), "worst": min(ends)}
+        rows[name] |= {label: statistics.mean(of[label] for of in each) for label in COLUMNS if label in each[0]}
+        rows[name] |= {"least": min(of["gain"] for of in each)} if "gain" in each[0] else {}
+    return rows
 
 
 def table(found: dict[str, dict]) -> str:
@@ -150,17 +169,21 @@ def plus_minus(half: float | None) -> str:
     return "" if half is None else f" ± {half:.1f}"
 
 
-def differences(groups: dict[str, list[dict]], stage: str) -> dict[str, dict]:
-    """By name: what the base has more than it at the end, in points, over the seeds that both have."""
-    found = {}
-    for name, lines in groups.items():
-        base = BASES.get(stage, "sasr" + name[name.index(" of ") :] if " of " in name else "sasr")
-        points = paired(groups.get(base, []), lines, "end") if name != base else []
+def differences(found: dict[str, dict[int, dict]], stage: str) -> dict[str, dict]:
+    """By name: what the base has more than it, in points, over the seeds of both; at the end and at equal work."""
+    rows = {}
+    for name, others in found.items():
+        base = base_of(name, stage)
+        some = found.get(base, {}) if name != base else {}
+        points = [of["end"] - others[seed]["end"] for seed, of in some.items() if seed in others]
         if points:
-            found[name] = {"base": base, "seeds": len(points), "mean": statistics.mean(points)}
-            found[name] |= {"half": interval(points), "least": min(points), "most": max(points)}
-            found[name]["sign_flip_p"] = sign_flip(points)
-    return found
+            rows[name] = {"base": base, "seeds": len(points), "mean": statistics.mean(points)}
+            rows[name] |= {"half": interval(points), "least": min(points), "most": max(points)}
+            rows[name]["sign_flip_p"] = sign_flip(points)
+            if "equal" in next(iter(others.values())):
+                equal = [of["equal"] - others[seed]["equal"] for seed, of in some.items() if seed in others]
+                rows[name] |= {"equal": statistics.mean(equal), "equal_half": interval(equal)}
+    return rows
 
 
 def spread(lines: list[dict]) -> str:
@@ -175,15 +198,24 @@ def spread(lines: list[dict]) -> str:
 
 
 def early_signs(stages: tuple[str, ...]) -> str:
-    """Rank correlations over all runs with SFT steps between their first tenth and their end, within each setting."""
-    rows = [f"{'':10}{'runs':>6}  SFT norm  SFT loss  (after a tenth of the steps, with the accuracy at the end)"]
+    """Rank correlations of what a run's first tenth of steps show with its gain, over the runs of one warm-up.
+
+    Runs with other warm-ups are not ranked together: their seeds, not the signs, would make most of the correlation.
+    """
+    rows = [f"{'':10}{'warm-ups':>9}{'runs':>6}{'SFT norm':>23}{'SFT loss':>23}   (rank correlation with the gain)"]
     for stage in stages:
-        points = [point for lines in results(stage).values() for line in lines if (point := early(line))]
-        if len(points) > 2:
-            norms, losses, ends = zip(*points, strict=True)
-            rows.append(
-                f"{stage:10}{len(points):6}{rank_correlation(norms, ends):10.2f}{rank_correlation(losses, ends):10.2f}"
-            )
+        points: dict[str, list[tuple]] = {}
+        for line in (line for lines in results(stage).values() for line in lines):
+            if point := early(line):
+                points.setdefault(f"{line['seed']} {line['config'].get('task')}", []).append(point)
+        several = [list(zip(*some, strict=True)) for some in points.values() if len(some) > 2]
+        if several:
+            cells = []
+            for sign in (0, 1):
+                of_each = [rank_correlation(columns[sign], columns[2]) for columns in several]
+                cells.append(f"{statistics.mean(of_each):.2f} ({min(of_each):.2f} to {max(of_each):.2f})")
+            runs = sum(len(columns[0]) for columns in several)
+            rows.append(f"{stage:10}{len(several):9}{runs:6}{cells[0]:>23}{cells[1]:>23}")
     return "\n".join(rows)
 
 
@@ -215,13 +247,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{spread(fixed)}\n")
     if not groups:
         return 0
-    found, apart = means(groups), differences(groups, args.stage)
+    each = by_seed(groups, args.stage)
+    found, apart = means(each), differences(each, args.stage)
     print(table(found))
     if apart:
-        print("\nhow much more another has at the end (points: mean, 95% interval; least and most of a seed)")
+        print("\nhow much more one has at the end (points: mean, 95% interval; least, most; p), and at equal work")
     for name, of in apart.items():
-        text = f"{of['mean']:.1f}{plus_minus(of['half'])}"
-        print(f"  {of['base']} than {name:24}{text:>13}{of['least']:8.1f}{of['most']:7.1f}   {of['seeds']} seeds")
+        text, p = f"{of['mean']:.1f}{plus_minus(of['half'])}", f"{of['sign_flip_p']:.3f}"
+        equal = f"{of['equal']:.1f}{plus_minus(of['equal_half'])}" if "equal" in of else ""
+        pair = f"  {of['base']} than {name}"
+        row = f"{pair:46}{of['seeds']:2} seeds{text:>13}{of['least']:8.1f}{of['most']:7.1f}{p:>7}{equal:>13}"
+        print(row.rstrip())
     if args.stage == "D" and PRIMARY[1] in apart:
         p = apart[PRIMARY[1]]["sign_flip_p"]
         print(f"\nthe primary comparison, {' against '.join(PRIMARY)}: p = {p:.3f}, exact sign-flip test")

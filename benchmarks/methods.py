@@ -127,7 +127,8 @@ def at_rates(stage: str, seed: int, method: str, flags: dict) -> Job:
 
 def rates_again(lines: Lines) -> list[Job]:
     """A2: three runs a method on two seeds, less those that A has. The best two of A, by the mean of their last two
-    evaluations; and the third, or what lies beyond the best if that was at the edge. `random` has SASR's share.
+    evaluations; and the third, or what lies beyond the best if that was at the edge. `random`, now with SASR's share
+    instead of a half, has SASR's pairs.
     """
     one = {
         "sft": (7e-4, 3e-4, 1e-4),
@@ -283,7 +284,7 @@ def others(lines: Lines) -> list[Job]:
     ]
 
 
-# What sasr.py does of itself: a shorter warm-up, after which there is as much left to copy as to practise.
+# What sasr.py does of itself: a shorter warm-up, after which there is much left to copy, too.
 DEFAULT = MAIN | {"warmup_steps": 100}
 
 

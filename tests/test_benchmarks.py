@@ -533,9 +533,8 @@ def test_figures_of_a_run_by_hand():
     curves |= {"sft/tokens": [[20, 30.0, 4]], "grpo/tokens": [[20, 60.0, 6]]}
     curves |= {"grpo/tokens_trained": [[20, 40.0, 6]], "grpo/tokens_read": [[20, 70.0, 6]]}
     found = findings.figures(line_of(0, 0.5, **curves))
-    assert found == pytest.approx(
-        {"warm-up": 25, "end": 50, "gain": 25, "SFT": 100 * 120 / 360, "passes": (600 + 360 + 1260) / 1e6, "minutes": 2}
-    )
+    by_hand = {"end before": 25, "end": 50, "gain": 25, "SFT": 100 * 120 / 360, "minutes": 2}
+    assert found == pytest.approx(by_hand | {"passes": (600 + 360 + 1260) / 1e6})
     mixed = {
         "mixed/tokens": [[20, 60.0, 10]],
         "mixed/tokens_sft": [[20, 10.0, 5]],
@@ -556,24 +555,34 @@ def test_accuracy_at_equal_work_lies_on_the_curve():
 
 
 def test_differences_are_between_runs_of_one_seed():
-    groups = {"sasr": [line_of(0, 0.5), line_of(1, 0.6)], "grpo": [line_of(1, 0.5), line_of(2, 0.1)]}
-    groups |= {"sasr of 50": [line_of(0, 0.1)], "sft of 50": [line_of(0, 0.4)]}
-    found = findings.differences(groups, "E")
-    assert {name: of["base"] for name, of in found.items()} == {"grpo": "sasr", "sft of 50": "sasr of 50"}
-    assert found["sft of 50"]["mean"] == pytest.approx(-30)
-    of_grpo = found["grpo"]
-    assert of_grpo.pop("half") is None
-    assert of_grpo == pytest.approx({"base": "sasr", "seeds": 1, "mean": 10, "least": 10, "most": 10, "sign_flip_p": 1})
-    found = findings.differences({"as in A": [line_of(0, 0.5)], "sasr": [line_of(0, 0.25)]}, "B")
-    assert (found["sasr"]["base"], found["sasr"]["mean"]) == ("as in A", 25)
+    def found(stage, **runs):
+        curve = {"eval/accuracy": [[10, 0.25], [30, 0.5]]}
+        groups = {name.replace("_", " "): [line_of(*run, **curve) for run in some] for name, some in runs.items()}
+        return findings.differences(findings.by_seed(groups, stage), stage)
+
+    of_e = found("E", sasr=[(0, 0.5), (1, 0.6)], grpo=[(1, 0.5), (2, 0.1)], sasr_of_50=[(0, 0.1)], sft_of_50=[(0, 0.4)])
+    bases = {"grpo": "sasr", "after the warm-up": "sasr"}
+    bases |= {"sft of 50": "sasr of 50", "after the warm-up of 50": "sasr of 50"}
+    assert {name: of["base"] for name, of in of_e.items()} == bases
+    assert of_e["sft of 50"]["mean"] == pytest.approx(-30)
+    assert (of_e["after the warm-up"]["least"], of_e["after the warm-up"]["most"]) == pytest.approx((25, 35))
+    of_grpo = of_e["grpo"]
+    assert (of_grpo.pop("half"), of_grpo.pop("equal_half")) == (None, None)
+    by_hand = {"base": "sasr", "seeds": 1, "mean": 10, "least": 10, "most": 10, "sign_flip_p": 1, "equal": 0}
+    assert of_grpo == pytest.approx(by_hand)
+    of_b = found("B", as_in_A=[(0, 0.5)], sasr=[(0, 0.25)])["sasr"]
+    assert (of_b["base"], of_b["mean"]) == ("as in A", 25)
 
 
 def test_means_and_intervals_over_seeds():
     curve = {"eval/accuracy": [[10, 0.25], [30, 0.5]]}
-    found = findings.means({"sasr": [line_of(seed, end, **curve) for seed, end in enumerate((0.5, 0.6, 0.7))]})["sasr"]
+    runs = [line_of(seed, end, **curve) for seed, end in enumerate((0.5, 0.6, 0.7))]
+    found = findings.means(findings.by_seed({"sasr": runs}, "D"))
+    assert found["after the warm-up"] == {"seeds": 3, "end": 25, "half": 0, "worst": 25}
+    found = found["sasr"]
     assert found["end"] == pytest.approx(60)
     assert found["half"] == pytest.approx(4.30 * 10 / 3**0.5)
-    assert (found["worst"], found["seeds"], found["gain"]) == (50, 3, pytest.approx(35))
+    assert (found["worst"], found["seeds"], found["gain"], found["least"]) == pytest.approx((50, 3, 35, 25))
     row = findings.table({"sasr": found}).splitlines()[1].split()
     assert row[:6] == ["sasr", "3", "60.0", "±", "24.8", "50.0"]
 
@@ -593,6 +602,17 @@ def test_early_signs_are_means_over_the_first_tenth_of_the_steps():
     curves = {"sft/grad_norm": [[10, 9.0, 10], [20, 2.0, 3], [30, 5.0, 1]], "sft/loss": [[20, 0.5, 3]]}
     assert findings.early(line_of(0, 0.5, **curves)) == pytest.approx((2.0, 0.5, 25))
     assert findings.early(line_of(0, 0.5, **{"sft/loss": [[10, 1.0, 9]], "sft/grad_norm": [[10, 1.0, 9]]})) is None
+
+
+def test_early_signs_are_ranked_among_the_runs_of_one_warm_up(monkeypatch):
+    def run(seed, norm, loss, end):
+        return line_of(seed, end, **{"sft/grad_norm": [[20, norm, 9]], "sft/loss": [[20, loss, 9]]})
+
+    runs = [run(0, 1.0, 3.0, 0.5), run(0, 2.0, 2.0, 0.6), run(0, 3.0, 1.0, 0.7), run(2, 9.0, 9.0, 0.1)]
+    runs += [run(1, 9.0, 1.0, 0.1), run(1, 8.0, 3.0, 0.3), run(1, 7.0, 2.0, 0.2)]  # pooled: -0.9
+    monkeypatch.setattr(findings, "results", lambda stage: {"sasr": runs} if stage == "B" else {})
+    row = findings.early_signs(("A", "B")).splitlines()[1:]
+    assert row == ["B                 2     6   0.25 (-0.50 to 1.00)   0.00 (-1.00 to 1.00)"]
 
 
 def test_findings_and_a_picture_of_a_study(tiny_study, tmp_path, capsys):

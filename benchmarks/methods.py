@@ -460,15 +460,14 @@ class Plan:
         print(f"{job.name}, seed {job.seed}: {line['summary']['accuracy_final']:.1%}; {left}", flush=True)
 
     def next_job(self) -> Job | None:
-        """A run that nobody has begun; waits where those that are left follow from others that are under way."""
+        """A run that nobody has begun; waits for those that are under way, from which others may follow."""
         with self.turn:
             while True:
-                left = [job for job in self.missing() if job.key not in self.begun]
-                ready = [job for job in left if job.adaptive is not None and not self.stopped]
-                if ready:
-                    self.begun.add(ready[0].key)
-                    return ready[0]
-                if self.stopped or not left or len(self.begun) == self.ended:
+                left = (job for job in self.missing() if job.key not in self.begun and job.adaptive is not None)
+                if not self.stopped and (job := next(left, None)):
+                    self.begun.add(job.key)
+                    return job
+                if self.stopped or len(self.begun) == self.ended:
                     return None
                 self.turn.wait()
 

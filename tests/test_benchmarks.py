@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -427,6 +429,24 @@ def test_what_follows_from_another_run_waits_for_it(tiny_study, monkeypatch, wor
     of_sasr["p"] = [0.25, 0.5, 0.75]
     assert [job.is_that_of(lines[job.key]) for job in plan(lines)] == [True, False, False]
     assert not any(str(methods.RUNS) in json.dumps(line) for line in lines.values()), "a line names a machine's path"
+
+
+def test_runs_that_a_stage_plans_after_its_tuning_are_taken_by_all_workers(tiny_study, monkeypatch):
+    """Stage F knows its rates, and so its other runs, when the last tuning run has ended."""
+    tuning, *others = (methods.Job("A", name, 7, {"controller": "sft"}) for name in ("tuning", "one", "two"))
+    monkeypatch.setitem(methods.STAGES, "A", lambda lines: [tuning, *others] if tuning.key in lines else [tuning])
+    at_once = threading.Barrier(2, timeout=60)
+
+    def take(job):
+        if job in others:
+            at_once.wait()
+        else:
+            time.sleep(0.3)  # the other worker finds nothing to do
+        return {"stage": "A", "name": job.name, "seed": 7, "config": job.flags, "summary": {"accuracy_final": 0.5}}
+
+    monkeypatch.setattr(methods, "take", take)
+    monkeypatch.setattr(methods, "table", lambda *_: "")
+    assert methods.main(["A", "--jobs", "2"]) == 0
 
 
 def test_nobody_waits_for_a_run_that_failed(tiny_study, monkeypatch, capsys):

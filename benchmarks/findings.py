@@ -44,13 +44,17 @@ def figures(line: dict) -> dict[str, float]:
     """In percent: accuracies, from more examples where the run was sampled, and the share of SFT; what the run took."""
     summary = line["summary"]
     found = accuracies(line.get("sampled_final") or {"accuracy": summary["accuracy_final"]})
-    before = accuracies(line.get("sampled_warmup") or {"accuracy": summary["accuracy_warmup"]})
-    found |= {f"{label} before": share for label, share in before.items()}
-    found["gain"] = found["end"] - before["end"]
+    found["warm-up"] = warmed_up(line)["end"]
+    found["gain"] = found["end"] - found["warm-up"]
     _, passes, trained, of_sft = map(sum, zip((0.0,) * 4, *work(line), strict=True))
     found |= {"SFT": 100 * of_sft / trained} if trained else {}
     minutes = (summary["seconds"] - summary["seconds_eval"] - summary["seconds_warmup"]) / 60
     return found | {"passes": passes / 1e6, "minutes": minutes}
+
+
+def warmed_up(line: dict) -> dict[str, float]:
+    """Where the run's adaptive stage began."""
+    return accuracies(line.get("sampled_warmup") or {"accuracy": line["summary"]["accuracy_warmup"]})
 
 
 def accuracies(scores: dict) -> dict[str, float]:
@@ -95,6 +99,11 @@ def accuracy_after(line: dict, passes: float) -> float:
 # ----------------------------------------------------------------------------- statistics
 
 
+def paired(some: dict[int, dict], others: dict[int, dict], label: str) -> list[float]:
+    """Differences of a figure between runs with the same seed, of those that have it."""
+    return [of[label] - others[seed][label] for seed, of in some.items() if label in others.get(seed, {})]
+
+
 def sign_flip(differences: list[float]) -> float:
     """Two-sided p, exact: how often the mean is as far from 0 if each difference could as well have the other sign."""
     observed = abs(sum(differences)) - 1e-9
@@ -132,10 +141,7 @@ def by_seed(groups: dict[str, list[dict]], stage: str) -> dict[str, dict[int, di
         for line in lines:
             found[name][line["seed"]]["equal"] = accuracy_after(line, least)
     for base in dict.fromkeys(base_of(name, stage) for name in groups if base_of(name, stage) in groups):
-        found[WARMED_UP + base.removeprefix("sasr")] = {
-            seed: {label.removesuffix(" before"): of[label] for label in of if label.endswith(" before")}
-            for seed, of in found[base].items()
-        }
+        found[WARMED_UP + base.removeprefix("sasr")] = {line["seed"]: warmed_up(line) for line in groups[base]}
     return found
 
 
@@ -175,13 +181,11 @@ def differences(found: dict[str, dict[int, dict]], stage: str) -> dict[str, dict
     for name, others in found.items():
         base = base_of(name, stage)
         some = found.get(base, {}) if name != base else {}
-        points = [of["end"] - others[seed]["end"] for seed, of in some.items() if seed in others]
-        if points:
+        if points := paired(some, others, "end"):
             rows[name] = {"base": base, "seeds": len(points), "mean": statistics.mean(points)}
             rows[name] |= {"half": interval(points), "least": min(points), "most": max(points)}
             rows[name]["sign_flip_p"] = sign_flip(points)
-            if "equal" in next(iter(others.values())):
-                equal = [of["equal"] - others[seed]["equal"] for seed, of in some.items() if seed in others]
+            if equal := paired(some, others, "equal"):
                 rows[name] |= {"equal": statistics.mean(equal), "equal_half": interval(equal)}
     return rows
 

@@ -553,7 +553,7 @@ def test_figures_of_a_run_by_hand():
     curves |= {"sft/tokens": [[20, 30.0, 4]], "grpo/tokens": [[20, 60.0, 6]]}
     curves |= {"grpo/tokens_trained": [[20, 40.0, 6]], "grpo/tokens_read": [[20, 70.0, 6]]}
     found = findings.figures(line_of(0, 0.5, **curves))
-    by_hand = {"end before": 25, "end": 50, "gain": 25, "SFT": 100 * 120 / 360, "minutes": 2}
+    by_hand = {"warm-up": 25, "end": 50, "gain": 25, "SFT": 100 * 120 / 360, "minutes": 2}
     assert found == pytest.approx(by_hand | {"passes": (600 + 360 + 1260) / 1e6})
     mixed = {
         "mixed/tokens": [[20, 60.0, 10]],

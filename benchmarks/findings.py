@@ -62,8 +62,8 @@ def accuracies(scores: dict) -> dict[str, float]:
         "end": "accuracy",
         "pass@1": "pass@1",
         "pass@8": "pass@8",
-        "wider": "accuracy_ood",
-        "nested": "accuracy_ood2",
+        "ood": "accuracy_ood",
+        "ood2": "accuracy_ood2",
     }
     return {label: 100 * scores[key] for label, key in keys.items() if key in scores}
 
@@ -124,9 +124,10 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 
 # ----------------------------------------------------------------------------- tables
 
-COLUMNS = {"gain": 1, "least": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "wider": 1, "nested": 1}  # with their digits
+COLUMNS = {"gain": 1, "least": 1, "equal": 1, "pass@1": 1, "pass@8": 1, "ood": 1, "ood2": 1}  # with their digits
 COLUMNS |= {"SFT": 0, "passes": 1, "minutes": 1}
-BASES = {"B": "as in A", "H": "warmed up on knights and knaves"}  # what others are compared with; elsewhere SASR
+WARM = "warmed up on knights and knaves"
+BASES = {"B": "as in A", "H": WARM, "H2": WARM}  # what others are compared with; elsewhere SASR
 WARMED_UP = "after the warm-up"
 
 

@@ -263,12 +263,17 @@ def bad_data(lines: Lines) -> list[Job]:
     return [job for seed in TEST[:4] for job in side_by_side("G", seed, setting, methods, lines)]
 
 
-def transfer(lines: Lines) -> list[Job]:
+def transfer(lines: Lines, stage: str = "H", task: str = "countdown:train_size=100") -> list[Job]:
     """H: few prompts of a task for which the model was not warmed up, or not at all."""
-    setting = MAIN | CLOSELY | {"task": "countdown:train_size=100", "ood_task": "none"}
+    setting = MAIN | CLOSELY | {"task": task, "ood_task": "none"}
     warm = {"warmed up on knights and knaves": {"warmup_task": MAIN["task"]}, "not warmed up": {"warmup_steps": 0}}
     sasr = {"controller": "sasr"} | RATES["sasr"] | {"sft_lr": 1e-3}  # the warm-up's: the demonstrations are new
-    return [Job("H", name, seed, sasr, setting | w, sampled=True) for seed in TEST[:4] for name, w in warm.items()]
+    return [Job(stage, name, seed, sasr, setting | w, sampled=True) for seed in TEST[:4] for name, w in warm.items()]
+
+
+def easier_transfer(lines: Lines) -> list[Job]:
+    """H2: the same with two numbers instead of three, since H ended at nothing with and without a warm-up."""
+    return transfer(lines, "H2", "countdown:train_size=100,numbers=2,high=30")
 
 
 def others(lines: Lines) -> list[Job]:
@@ -300,7 +305,8 @@ STAGES: dict[str, Callable[[Lines], list[Job]]] = {
     "B": open_questions,
     "D": main_setting,
 }
-STAGES |= {"E": amounts, "F": another_task, "G": bad_data, "H": transfer, "I": others, "default": of_default}
+STAGES |= {"E": amounts, "F": another_task, "G": bad_data, "H": transfer, "H2": easier_transfer, "I": others}
+STAGES["default"] = of_default
 
 
 # ----------------------------------------------------------------------------- running

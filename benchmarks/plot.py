@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -151,8 +152,8 @@ def gain(values: Curve) -> Curve:
 NORM = "gradient norm of the SFT loss"
 PANELS = {
     "accuracy in domain, points gained": lambda line: gain(curve(line, "eval/accuracy")),
-    "accuracy on wider claims, points gained": lambda line: gain(curve(line, "eval/accuracy_ood")),
-    "accuracy on nested claims, points gained": lambda line: gain(curve(line, "eval/accuracy_ood2")),
+    "accuracy on {ood}, points gained": lambda line: gain(curve(line, "eval/accuracy_ood")),
+    "accuracy on {ood2}, points gained": lambda line: gain(curve(line, "eval/accuracy_ood2")),
     "p_t; of a mixture, the share of SFT": decisions,
     NORM: lambda line: curve(line, "sft/grad_norm", "mixed/grad_norm_sft"),
     "mean reward of the samples": lambda line: curve(line, "grpo/reward_mean", "mixed/reward_mean"),
@@ -160,6 +161,13 @@ PANELS = {
     "tokens of a sample": lambda line: curve(line, "grpo/completion_length", "mixed/completion_length"),
     "KL to the policy after the warm-up, nats a token": lambda line: curve(line, "eval/kl"),
 }
+
+
+def out_of_domain(lines: list[dict]) -> dict[str, str]:
+    """The tasks that stand for {ood} and {ood2} in a title, without their sizes."""
+    tasks = max((line["config"]["ood_task"].replace("none", "").split() for line in lines), key=len)
+    tasks = [re.sub(r",\w+_size=\d+", "", task) for task in tasks]
+    return dict(zip(("ood", "ood2"), [*tasks, "another task", "another task"], strict=False))
 
 
 def study(stage: str, names: str | None = None):
@@ -173,10 +181,11 @@ def study(stage: str, names: str | None = None):
     figure, axes = plt.subplots(3, 3, figsize=(13, 10), sharex=True, constrained_layout=True)
     colours = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
     colour_of = {name: colours[index % len(colours)] for index, name in enumerate(groups)}  # in every picture the same
+    others = out_of_domain([line for name in shown for line in groups[name]])
     for (title, measure), axis in zip(PANELS.items(), axes.flat, strict=True):
         for name in shown:
             band(axis, [measure(line) for line in groups[name]], colour_of[name], name)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title.format(**others), fontsize=10)
         axis.grid(alpha=0.3)
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured in this stage", transform=axis.transAxes, ha="center", color="0.5")

@@ -491,7 +491,7 @@ def test_the_stage_of_rates_tunes_every_method_equally_often():
         sasr.Config(**job.flags)
 
 
-RUNS_OF = {"A": 42, "A2": 30, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "default": 24}
+RUNS_OF = {"A": 42, "A2": 30, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "H2": 8, "default": 24}
 RUNS_OF["I"] = 16 + 2  # of D, to compare with
 
 
@@ -563,7 +563,7 @@ def test_figures_of_a_run_by_hand():
     sampled = line_of(0, 0.5, **mixed) | {"sampled_warmup": {"accuracy": 0.3}}
     sampled["sampled_final"] = {"accuracy": 0.4, "pass@8": 0.7, "accuracy_ood": 0.2}
     found = findings.figures(sampled)
-    assert [found[key] for key in ("end", "gain", "pass@8", "wider", "SFT")] == pytest.approx([40, 10, 70, 20, 10])
+    assert [found[key] for key in ("end", "gain", "pass@8", "ood", "SFT")] == pytest.approx([40, 10, 70, 20, 10])
 
 
 def test_accuracy_at_equal_work_lies_on_the_curve():
@@ -653,3 +653,10 @@ def test_findings_and_a_picture_of_a_study(tiny_study, tmp_path, capsys):
     assert plot.decisions(sft) == {}  # three steps are no window
     assert plot.gain({0: 0.25, 50: 0.5}) == {0: 0, 50: 25}
     assert plot.curve(parallel, "sft/loss", "mixed/loss") == {8: pytest.approx(parallel["curves"]["mixed/loss"][0][1])}
+
+
+def test_a_picture_of_a_study_names_the_other_tasks():
+    tasks = "knights-knaves:width=3,train_size=1,test_size=128 countdown:numbers=4,train_size=1,test_size=8"
+    lines = [{"config": {"ood_task": task}} for task in ("none", tasks)]
+    assert plot.out_of_domain(lines) == {"ood": "knights-knaves:width=3", "ood2": "countdown:numbers=4"}
+    assert plot.out_of_domain(lines[:1]) == {"ood": "another task", "ood2": "another task"}

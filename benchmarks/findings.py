@@ -37,6 +37,19 @@ def results(stage: str) -> dict[str, list[dict]]:
     return {name: sorted(of_name, key=lambda line: line["seed"]) for name, of_name in found.items() if of_name}
 
 
+def strays(groups: dict[str, list[dict]]) -> list[str]:
+    """Runs that began elsewhere than most of their seed did. The warm-up of another machine, say, is rounded otherwise,
+    and the same seed then ends at another policy."""
+    begun: dict[tuple, dict[tuple, list[str]]] = {}
+    for line in (line for lines in groups.values() for line in lines):
+        config, first = line["config"], line["summary"]["warmup_steps"]
+        losses = tuple(loss for end, loss, _ in line["curves"].get("sft/loss", []) if end <= first)
+        setting = (line["seed"], first, config["task"], config["warmup_task"])
+        begun.setdefault(setting, {}).setdefault(losses, []).append(f"{line['name']}, seed {line['seed']}")
+    apart = [sorted(warmups.values(), key=len)[:-1] for warmups in begun.values()]
+    return [name for of_setting in apart for names in of_setting for name in names]
+
+
 # ----------------------------------------------------------------------------- figures of a run
 
 
@@ -255,6 +268,8 @@ def main(argv: list[str] | None = None) -> int:
     each = by_seed(groups, args.stage)
     found, apart = means(each), differences(each, args.stage)
     print(table(found))
+    for name in strays(groups):
+        print(f"{name}: from another warm-up than the others of its seed, so not to be compared with them")
     if apart:
         print("\nhow much more one has at the end (points: mean, 95% interval; least, most; p), and at equal work")
     for name, of in apart.items():

@@ -277,16 +277,12 @@ def easier_transfer(lines: Lines) -> list[Job]:
 
 
 def others(lines: Lines) -> list[Job]:
-    """I: the other methods, at the rates of the nearest of the test, beside SASR's runs of D. Exploratory."""
-    nearest = {"relift": "sasr", "parallel": "chord-mu", "chord-phi": "chord-mu", "chord-reward": "chord-mu"}
+    """I: the other methods, at the rates of the nearest of the test, beside SASR. Exploratory."""
+    nearest = {"sasr": "sasr", "relift": "sasr"}
+    nearest |= dict.fromkeys(("parallel", "chord-phi", "chord-reward"), "chord-mu")
     nearest |= dict.fromkeys(("rft", "luffy", "srft", "uft"), "hpt")
-    planned = {"D": methods_of("sasr"), "I": {name: RATES[like] for name, like in nearest.items()}}
-    return [
-        job
-        for seed in TEST[:2]
-        for stage, methods in planned.items()
-        for job in side_by_side(stage, seed, MAIN | CLOSELY, methods, lines)
-    ]
+    methods = {name: RATES[like] for name, like in nearest.items()}
+    return [job for seed in TEST[:2] for job in side_by_side("I", seed, MAIN | CLOSELY, methods, lines)]
 
 
 # What sasr.py does of itself: a shorter warm-up, after which there is much left to copy, too.

@@ -491,8 +491,7 @@ def test_the_stage_of_rates_tunes_every_method_equally_often():
         sasr.Config(**job.flags)
 
 
-RUNS_OF = {"A": 42, "A2": 30, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "H2": 8, "default": 24}
-RUNS_OF["I"] = 16 + 2  # of D, to compare with
+RUNS_OF = {"A": 42, "A2": 30, "B": 30, "D": 72, "E": 32, "F": 35, "G": 12, "H": 8, "H2": 8, "I": 18, "default": 24}
 
 
 @pytest.mark.parametrize(("stage", "runs"), RUNS_OF.items())
@@ -660,3 +659,14 @@ def test_a_picture_of_a_study_names_the_other_tasks():
     lines = [{"config": {"ood_task": task}} for task in ("none", tasks)]
     assert plot.out_of_domain(lines) == {"ood": "knights-knaves:width=3", "ood2": "countdown:numbers=4"}
     assert plot.out_of_domain(lines[:1]) == {"ood": "another task", "ood2": "another task"}
+
+
+def test_a_run_from_another_warmup_than_its_seed_is_named():
+    def run(name, seed, loss, task="x"):
+        curves = {"sft/loss": [[10, loss, 10], [20, 0.1 * len(name), 3]]}
+        config, summary = {"task": task, "warmup_task": ""}, {"warmup_steps": 10}
+        return {"name": name, "seed": seed, "config": config, "summary": summary, "curves": curves}
+
+    groups = {"sasr": [run("sasr", 0, 0.5), run("sasr", 1, 0.6)], "sft": [run("sft", 0, 0.5), run("sft", 1, 0.6)]}
+    groups["grpo"] = [run("grpo", 0, 0.5 + 1e-9), run("grpo", 1, 0.6), run("grpo", 2, 0.7), run("grpo", 0, 0.4, "y")]
+    assert findings.strays(groups) == ["grpo, seed 0"]

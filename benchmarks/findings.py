@@ -155,12 +155,17 @@ def by_seed(groups: dict[str, list[dict]], stage: str) -> dict[str, dict[int, di
         for line in lines:
             found[name][line["seed"]]["equal"] = accuracy_after(line, least)
     for base in dict.fromkeys(base_of(name, stage) for name in groups if base_of(name, stage) in groups):
-        found[WARMED_UP + base.removeprefix("sasr")] = {line["seed"]: warmed_up(line) for line in groups[base]}
+        found[WARMED_UP + amount_in(base)] = {line["seed"]: warmed_up(line) for line in groups[base]}
     return found
 
 
 def base_of(name: str, stage: str) -> str:
-    return BASES.get(stage, "sasr" + name[name.index(" of ") :] if " of " in name else "sasr")
+    return BASES.get(stage, "sasr" + amount_in(name))
+
+
+def amount_in(name: str) -> str:
+    """Of `sft of 50` the part from ` of` on, if there is one."""
+    return name[name.index(" of ") :] if " of " in name else ""
 
 
 def means(found: dict[str, dict[int, dict]]) -> dict[str, dict]:
@@ -272,11 +277,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: from another warm-up than the others of its seed, so not to be compared with them")
     if apart:
         print("\nhow much more one has at the end (points: mean, 95% interval; least, most; p), and at equal work")
+        width = max(len(f"{of['base']} than {name}") for name, of in apart.items())
     for name, of in apart.items():
         text, p = f"{of['mean']:.1f}{plus_minus(of['half'])}", f"{of['sign_flip_p']:.3f}"
         equal = f"{of['equal']:.1f}{plus_minus(of['equal_half'])}" if "equal" in of else ""
-        pair = f"  {of['base']} than {name}"
-        row = f"{pair:46}{of['seeds']:2} seeds{text:>13}{of['least']:8.1f}{of['most']:7.1f}{p:>7}{equal:>13}"
+        pair = f"{of['base']} than {name}"
+        row = f"  {pair:{width}}{of['seeds']:4} seeds{text:>13}{of['least']:8.1f}{of['most']:7.1f}{p:>7}{equal:>13}"
         print(row.rstrip())
     if args.stage == "D" and PRIMARY[1] in apart:
         p = apart[PRIMARY[1]]["sign_flip_p"]

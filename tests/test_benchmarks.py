@@ -589,8 +589,9 @@ def test_differences_are_between_runs_of_one_seed():
     assert (of_grpo.pop("half"), of_grpo.pop("equal_half")) == (None, None)
     by_hand = {"base": "sasr", "seeds": 1, "mean": 10, "least": 10, "most": 10, "sign_flip_p": 1, "equal": 0}
     assert of_grpo == pytest.approx(by_hand)
-    of_b = found("B", as_in_A=[(0, 0.5)], sasr=[(0, 0.25)])["sasr"]
-    assert (of_b["base"], of_b["mean"]) == ("as in A", 25)
+    of_b = found("B", as_in_A=[(0, 0.5)], sasr=[(0, 0.25)])
+    assert list(of_b) == ["sasr", "after the warm-up"]
+    assert (of_b["sasr"]["base"], of_b["sasr"]["mean"]) == ("as in A", 25)
 
 
 def test_means_and_intervals_over_seeds():

@@ -6,7 +6,8 @@
 
 Of runs: warm-up is shaded; dots are single steps, lines are running means (over as many dots as --smooth says). The
 dotted line is G_warmup, the yardstick of p_t, where the run has ended and left a summary. Of the study: lines are means
-over seeds, bands their 95% intervals, and steps (and points gained) are counted from the end of the warm-up.
+over seeds, bands their 95% intervals (of two seeds what lies between them), and steps, as points gained, are counted
+from the end of the warm-up.
 """
 
 from __future__ import annotations
@@ -200,14 +201,18 @@ def study(stage: str, names: str | None = None):
 
 
 def band(axis, curves: list[Curve], colour, name: str) -> None:
-    """The mean at each step over the seeds that have it, and its interval."""
+    """The mean at each step over the seeds that have it, and how far they are apart."""
     steps = sorted({step for values in curves for step in values})
-    if not steps:
-        return
-    at = [[values[step] for values in curves if step in values] for step in steps]
-    means, halves = np.array([statistics.mean(v) for v in at]), np.array([interval(v) or 0.0 for v in at])
-    axis.plot(steps, means, color=colour, label=name)
-    axis.fill_between(steps, means - halves, means + halves, color=colour, alpha=0.12, linewidth=0)
+    if steps:
+        at = [[values[step] for values in curves if step in values] for step in steps]
+        axis.plot(steps, [statistics.mean(values) for values in at], color=colour, label=name)
+        axis.fill_between(steps, *zip(*map(ends, at), strict=True), color=colour, alpha=0.12, linewidth=0)
+
+
+def ends(values: list[float]) -> tuple[float, float]:
+    """Of the 95% interval of the mean; of two values, whose interval is too wide to say anything, these two."""
+    mean, half = statistics.mean(values), interval(values)
+    return (mean - half, mean + half) if len(values) > 2 else (min(values), max(values))
 
 
 def main(argv: list[str] | None = None) -> int:

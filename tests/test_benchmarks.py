@@ -671,3 +671,10 @@ def test_a_run_from_another_warmup_than_its_seed_is_named():
     groups = {"sasr": [run("sasr", 0, 0.5), run("sasr", 1, 0.6)], "sft": [run("sft", 0, 0.5), run("sft", 1, 0.6)]}
     groups["grpo"] = [run("grpo", 0, 0.5 + 1e-9), run("grpo", 1, 0.6), run("grpo", 2, 0.7), run("grpo", 0, 0.4, "y")]
     assert findings.strays(groups) == ["grpo, seed 0"]
+
+
+def test_a_band_is_an_interval_or_what_lies_between_two_seeds():
+    assert plot.ends([0.25]) == (0.25, 0.25)
+    assert plot.ends([0.5, 0.25]) == (0.25, 0.5)
+    half = 4.303 * 10 / 3**0.5  # Student's t with two degrees of freedom
+    assert plot.ends([50, 60, 70]) == pytest.approx((60 - half, 60 + half), abs=0.01)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -220,38 +222,56 @@ def spread(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def early_signs(stages: tuple[str, ...]) -> str:
-    """Rank correlations of what a run's first tenth of steps show with its gain, over the runs of one warm-up.
+SIGNS = {
+    "SFT norm": ("sft/grad_norm", "mixed/grad_norm_sft"),
+    "SFT loss": ("sft/loss", "mixed/loss_sft"),
+}
+AMONG = {
+    "warm-up": lambda line: (line["seed"], line["config"].get("task")),  # and methods differ
+    "method": lambda line: (
+        re.sub(r"( [\d.e-]+)+$", "", line["name"]),
+        line["config"].get("task"),
+    ),  # rates or seeds do
+}
+ENOUGH = 4  # runs that a rank correlation is taken of
 
-    Runs with other warm-ups are not ranked together: their seeds, not the signs, would make most of the correlation.
+
+def early_signs(stages: tuple[str, ...]) -> str:
+    """Rank correlations of what a run's first tenth of steps show with its gain, means over warm-ups or methods.
+
+    Runs with other warm-ups and methods are not ranked together: these, not the signs, would make the correlation.
     """
-    rows = [f"{'':10}{'warm-ups':>9}{'runs':>6}{'SFT norm':>23}{'SFT loss':>23}   (rank correlation with the gain)"]
+    rows = [f"{'rank correlation with the gain':36}" + "".join(f"{sign:>38}" for sign in SIGNS)]
     for stage in stages:
-        points: dict[str, list[tuple]] = {}
-        for line in (line for lines in results(stage).values() for line in lines):
-            if point := early(line):
-                points.setdefault(f"{line['seed']} {line['config'].get('task')}", []).append(point)
-        several = [list(zip(*some, strict=True)) for some in points.values() if len(some) > 2]
-        if several:
-            cells = []
-            for sign in (0, 1):
-                of_each = [rank_correlation(columns[sign], columns[2]) for columns in several]
-                cells.append(f"{statistics.mean(of_each):.2f} ({min(of_each):.2f} to {max(of_each):.2f})")
-            runs = sum(len(columns[0]) for columns in several)
-            rows.append(f"{stage:10}{len(several):9}{runs:6}{cells[0]:>23}{cells[1]:>23}")
+        lines = [line for of_name in results(stage).values() for line in of_name]
+        for what, key in AMONG.items():
+            cells = [sign_cell(lines, key, sign) for sign in SIGNS]
+            if any(cells):
+                rows.append(f"{f'{stage}, among the runs of a {what}':36}" + "".join(f"{c:>38}" for c in cells))
     return "\n".join(rows)
 
 
-def early(line: dict) -> tuple[float, float, float] | None:
-    """Mean SFT norm and loss in the first tenth of the adaptive steps, and the gain in accuracy at the end."""
+def sign_cell(lines: list[dict], key: Callable, sign: str) -> str:
+    """How many runs in how many groups, the mean correlation of the groups, and its range; "" without a group."""
+    points: dict[tuple, list[tuple]] = {}
+    for line in lines:
+        if (value := early(line, sign)) is not None:
+            points.setdefault(key(line), []).append((value, figures(line)["gain"]))
+    columns = [list(zip(*some, strict=True)) for some in points.values() if len(some) >= ENOUGH]
+    columns = [pair for pair in columns if all(len(set(column)) > 1 for column in pair)]
+    found = [rank_correlation(*pair) for pair in columns]
+    if not found:
+        return ""
+    mean, least, most = (f"{round(x, 2) + 0.0:.2f}" for x in (statistics.mean(found), min(found), max(found)))  # no -0
+    return f"{sum(len(gains) for _, gains in columns)} runs in {len(found)}: {mean} ({least} to {most})"
+
+
+def early(line: dict, sign: str) -> float | None:
+    """Mean SFT norm or loss in the first tenth of the adaptive steps."""
     first, curves = line["summary"]["warmup_steps"], line["curves"]
-    until, means = first + line["config"]["steps"] / 10, []
-    for keys in (("sft/grad_norm", "mixed/grad_norm_sft"), ("sft/loss", "mixed/loss_sft")):
-        points = [(mean, count) for key in keys for end, mean, count in curves.get(key, []) if first < end <= until]
-        if not points:
-            return None
-        means.append(sum(mean * count for mean, count in points) / sum(count for _, count in points))
-    return means[0], means[1], figures(line)["gain"]
+    until = first + line["config"]["steps"] / 10
+    points = [(mean, count) for key in SIGNS[sign] for end, mean, count in curves.get(key, []) if first < end <= until]
+    return sum(mean * count for mean, count in points) / sum(count for _, count in points) if points else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -619,20 +619,37 @@ def test_the_spread_of_the_norm_at_fixed_weights(monkeypatch, capsys):
 
 
 def test_early_signs_are_means_over_the_first_tenth_of_the_steps():
-    curves = {"sft/grad_norm": [[10, 9.0, 10], [20, 2.0, 3], [30, 5.0, 1]], "sft/loss": [[20, 0.5, 3]]}
-    assert findings.early(line_of(0, 0.5, **curves)) == pytest.approx((2.0, 0.5, 25))
-    assert findings.early(line_of(0, 0.5, **{"sft/loss": [[10, 1.0, 9]], "sft/grad_norm": [[10, 1.0, 9]]})) is None
+    curves = {"sft/grad_norm": [[10, 9.0, 10], [20, 2.0, 3], [30, 5.0, 1]], "sft/loss": [[10, 0.5, 3]]}
+    curves["mixed/grad_norm_sft"] = [[20, 4.0, 1]]
+    line = line_of(0, 0.5, **curves)
+    assert findings.early(line, "SFT norm") == pytest.approx(2.5)
+    assert findings.early(line, "SFT loss") is None  # only before the first adaptive step
 
 
-def test_early_signs_are_ranked_among_the_runs_of_one_warm_up(monkeypatch):
-    def run(seed, norm, loss, end):
-        return line_of(seed, end, **{"sft/grad_norm": [[20, norm, 9]], "sft/loss": [[20, loss, 9]]})
+def test_early_signs_are_ranked_among_the_runs_of_one_warmup_or_of_one_method(monkeypatch):
+    def run(seed, name, norm, end):
+        losses = {} if name == "c 1e-4" else {"sft/loss": [[20, -norm, 9]]}
+        return line_of(seed, end, **{"sft/grad_norm": [[20, norm, 9]]} | losses) | {"name": name}
 
-    runs = [run(0, 1.0, 3.0, 0.5), run(0, 2.0, 2.0, 0.6), run(0, 3.0, 1.0, 0.7), run(2, 9.0, 9.0, 0.1)]
-    runs += [run(1, 9.0, 1.0, 0.1), run(1, 8.0, 3.0, 0.3), run(1, 7.0, 2.0, 0.2)]  # pooled: -0.9
+    first = [
+        run(0, "a 1e-4 5e-5", 1, 0.5),
+        run(0, "b 1e-4", 2, 0.6),
+        run(0, "c 1e-4", 3, 0.7),
+        run(0, "a 2e-4", 4, 0.8),
+    ]
+    second = [
+        run(1, name, norm, end) for name, norm, end in zip("abca", (9, 8, 7, 6), (0.1, 0.3, 0.2, 0.4), strict=True)
+    ]
+    runs = first + second + [run(2, "a", 9, 0.1)]
     monkeypatch.setattr(findings, "results", lambda stage: {"sasr": runs} if stage == "B" else {})
-    row = findings.early_signs(("A", "B")).splitlines()[1:]
-    assert row == ["B                 2     6   0.25 (-0.50 to 1.00)   0.00 (-1.00 to 1.00)"]
+    rows = findings.early_signs(("A", "B")).splitlines()[1:]
+    assert [row.split("  ", 1)[0] for row in rows] == [
+        "B, among the runs of a warm-up",
+        "B, among the runs of a method",
+    ]
+    assert rows[0].endswith("8 runs in 2: 0.10 (-0.80 to 1.00)" + "4 runs in 1: 0.80 (0.80 to 0.80)".rjust(38))
+    ranks = findings.rank_correlation([1, 4, 9, 6, 9], [0.5, 0.8, 0.1, 0.4, 0.1])  # those of a
+    assert f"5 runs in 1: {ranks:.2f} ({ranks:.2f} to {ranks:.2f})" in rows[1]
 
 
 def test_findings_and_a_picture_of_a_study(tiny_study, tmp_path, capsys):
@@ -676,5 +693,5 @@ def test_a_run_from_another_warmup_than_its_seed_is_named():
 def test_a_band_is_an_interval_or_what_lies_between_two_seeds():
     assert plot.ends([0.25]) == (0.25, 0.25)
     assert plot.ends([0.5, 0.25]) == (0.25, 0.5)
-    half = 4.303 * 10 / 3**0.5  # Student's t with two degrees of freedom
+    half = 4.30 * 10 / 3**0.5  # Student's t with two degrees of freedom
     assert plot.ends([50, 60, 70]) == pytest.approx((60 - half, 60 + half), abs=0.01)

@@ -44,12 +44,22 @@ def strays(groups: dict[str, list[dict]]) -> list[str]:
     and the same seed then ends at another policy."""
     begun: dict[tuple, dict[tuple, list[str]]] = {}
     for line in (line for lines in groups.values() for line in lines):
-        config, first = line["config"], line["summary"]["warmup_steps"]
-        losses = tuple(loss for end, loss, _ in line["curves"].get("sft/loss", []) if end <= first)
-        setting = (line["seed"], first, config["task"], config["warmup_task"])
-        begun.setdefault(setting, {}).setdefault(losses, []).append(f"{line['name']}, seed {line['seed']}")
+        until, curve = line["summary"]["warmup_steps"], line["curves"].get("sft/loss", [])
+        losses = tuple(loss for end, loss, _ in curve if end <= until)
+        begun.setdefault(warmup_of(line), {}).setdefault(losses, []).append(f"{line['name']}, seed {line['seed']}")
     apart = [sorted(warmups.values(), key=len)[:-1] for warmups in begun.values()]
     return [name for of_setting in apart for names in of_setting for name in names]
+
+
+def warmup_of(line: dict) -> tuple:
+    """Equal for runs that are meant to branch off one warm-up."""
+    config = line["config"]
+    return line["seed"], line["summary"]["warmup_steps"], config["task"], config["warmup_task"]
+
+
+def method_of(line: dict) -> tuple:
+    """Equal for runs that differ in their rates, which a name may end in, or their seeds."""
+    return re.sub(r"( [\d.e-]+)+$", "", line["name"]), line["config"]["task"]
 
 
 # ----------------------------------------------------------------------------- figures of a run
@@ -222,17 +232,8 @@ def spread(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
-SIGNS = {
-    "SFT norm": ("sft/grad_norm", "mixed/grad_norm_sft"),
-    "SFT loss": ("sft/loss", "mixed/loss_sft"),
-}
-AMONG = {
-    "warm-up": lambda line: (line["seed"], line["config"].get("task")),  # and methods differ
-    "method": lambda line: (
-        re.sub(r"( [\d.e-]+)+$", "", line["name"]),
-        line["config"].get("task"),
-    ),  # rates or seeds do
-}
+SIGNS = {"SFT norm": ("sft/grad_norm", "mixed/grad_norm_sft"), "SFT loss": ("sft/loss", "mixed/loss_sft")}
+AMONG = {"warm-up": warmup_of, "method": method_of}
 ENOUGH = 4  # runs that a rank correlation is taken of
 
 
@@ -297,12 +298,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: from another warm-up than the others of its seed, so not to be compared with them")
     if apart:
         print("\nhow much more one has at the end (points: mean, 95% interval; least, most; p), and at equal work")
-        width = max(len(f"{of['base']} than {name}") for name, of in apart.items())
+    pairs = {name: f"{of['base']} than {name}" for name, of in apart.items()}
+    width = max(map(len, pairs.values()), default=0)
     for name, of in apart.items():
         text, p = f"{of['mean']:.1f}{plus_minus(of['half'])}", f"{of['sign_flip_p']:.3f}"
         equal = f"{of['equal']:.1f}{plus_minus(of['equal_half'])}" if "equal" in of else ""
-        pair = f"{of['base']} than {name}"
-        row = f"  {pair:{width}}{of['seeds']:4} seeds{text:>13}{of['least']:8.1f}{of['most']:7.1f}{p:>7}{equal:>13}"
+        pair = f"{pairs[name]:{width}}{of['seeds']:4} seeds"
+        row = f"  {pair}{text:>13}{of['least']:8.1f}{of['most']:7.1f}{p:>7}{equal:>13}"
         print(row.rstrip())
     if args.stage == "D" and PRIMARY[1] in apart:
         p = apart[PRIMARY[1]]["sign_flip_p"]

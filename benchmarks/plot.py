@@ -156,7 +156,7 @@ PANELS = {
     "accuracy on {ood}, points gained": lambda line: gain(curve(line, "eval/accuracy_ood")),
     "accuracy on {ood2}, points gained": lambda line: gain(curve(line, "eval/accuracy_ood2")),
     "p_t; of a mixture, the share of SFT": decisions,
-    NORM: lambda line: curve(line, "sft/grad_norm", "mixed/grad_norm_sft"),
+    NORM: lambda line: curve(line, *findings.SIGNS["SFT norm"]),
     "mean reward of the samples": lambda line: curve(line, "grpo/reward_mean", "mixed/reward_mean"),
     "entropy of the samples, nats a token": lambda line: curve(line, "grpo/entropy", "mixed/entropy"),
     "tokens of a sample": lambda line: curve(line, "grpo/completion_length", "mixed/completion_length"),

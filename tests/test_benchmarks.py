@@ -544,7 +544,8 @@ def line_of(seed, end, **curves):
     """Two warm-up steps in a window of their own, then windows that end with steps 20 and 30."""
     summary = {"warmup_steps": 10, "accuracy_warmup": 0.25, "accuracy_final": end, "seconds": 200.0}
     summary |= {"seconds_eval": 20.0, "seconds_warmup": 60.0}
-    return {"seed": seed, "summary": summary, "curves": curves, "config": {"steps": 100}}
+    config = {"steps": 100, "task": "x", "warmup_task": ""}
+    return {"seed": seed, "summary": summary, "curves": curves, "config": config}
 
 
 def test_figures_of_a_run_by_hand():
